@@ -1,0 +1,6 @@
+"""Cache latents of a dataset for LTX-2 training; ``--help`` lists the flags."""
+
+from musubi_tuner.ltx2_cache_latents import main
+
+if __name__ == "__main__":
+    main()

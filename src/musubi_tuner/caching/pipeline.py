@@ -1,0 +1,232 @@
+"""What both caching scripts share: reading ahead, keeping what is current, orphans and the summary."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import SafetensorsFile
+from musubi_tuner.common.tables import format_table
+from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches
+from musubi_tuner.dataset.fingerprint import stale_reason
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+STALL_SECONDS = 60.0  # after which a file that is still being read is named
+MISSING = "missing"
+_MOST_WORKERS = 8  # by default; each holds a decoded clip or two
+_FAILURES_SHOWN = 20
+
+
+# --- reading ahead ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The work on one item ended with this error."""
+
+    error: Exception
+
+
+def default_workers() -> int:
+    """Threads that decode ahead when none are asked for."""
+    return max(1, min((os.cpu_count() or 2) - 1, _MOST_WORKERS))
+
+
+def read_ahead(
+    items: Iterable[T], work: Callable[[T], Iterable[R]], *, workers: int, describe: Callable[[T], str] = str
+) -> Iterator[tuple[T, Iterator[R | Failed]]]:
+    """Run ``work`` for several items at once in threads and yield the results in the order of the items.
+
+    Each item is working into a queue of one result, so at most ``2 * workers`` results are held however far
+    the consumer lags behind. An exception ends its item only, as a last result :class:`Failed`. The results of
+    an item must be taken before the next item is.
+    """
+    stop = threading.Event()
+    running: deque[tuple[T, _Stream[R]]] = deque()
+    remaining = iter(items)
+    try:
+        while True:
+            while len(running) < max(workers, 1) and (item := next(remaining, _END)) is not _END:
+                running.append((item, _Stream(item, work, stop)))  # type: ignore[arg-type]
+            if not running:
+                return
+            item, stream = running.popleft()
+            yield item, stream.results(describe(item))
+    finally:
+        stop.set()
+
+
+_END = object()
+
+
+class _Stream(Generic[R]):
+    """Results of one item, made in a thread. The thread is a daemon: a decoder that hangs cannot hold the exit."""
+
+    def __init__(self, item: T, work: Callable[[T], Iterable[R]], stop: threading.Event) -> None:
+        self._queue: queue.Queue = queue.Queue(maxsize=1)
+        self._stop = stop
+        threading.Thread(target=self._run, args=(item, work), daemon=True).start()
+
+    def _run(self, item: T, work: Callable[[T], Iterable[R]]) -> None:
+        try:
+            for result in work(item):
+                if not self._put(result):
+                    return
+        except Exception as error:
+            self._put(Failed(error))
+        self._put(_END)
+
+    def _put(self, value: object) -> bool:
+        """Wait for room; ``False`` when the consumer has gone."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put(value, timeout=0.5)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def results(self, name: str) -> Iterator[R | Failed]:
+        waited = 0.0
+        while True:
+            try:
+                value = self._queue.get(timeout=STALL_SECONDS)
+            except queue.Empty:
+                waited += STALL_SECONDS
+                logger.warning("still reading %s after %.0f s", name, waited)
+                continue
+            if value is _END:
+                return
+            yield value
+            waited = 0.0
+
+
+# --- keeping what is current --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Output:
+    """One cache file to be: where, made of what, and whether a foreign file there would fit."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    fits: Callable[[Path], bool] = field(default=lambda path: False, repr=False)
+    also_current: tuple[Mapping[str, str], ...] = ()  # metadata of files that serve as well
+
+
+def outdated(output: Output) -> str | None:
+    """Why a cache file must be made; ``None`` if the one that is there is what would be made."""
+    if not output.path.is_file():
+        return MISSING
+    try:
+        cached = SafetensorsFile(output.path).metadata
+        if "cache_key" not in cached:
+            return None if output.fits(output.path) else "made by another program with other shapes"
+    except UserError:
+        return "unreadable"
+    reasons = [stale_reason(cached, current) for current in (output.metadata, *output.also_current)]
+    return None if None in reasons else reasons[0]
+
+
+# --- orphans ------------------------------------------------------------------------------------------------
+
+
+def remove_orphans(directory: Path, produced: Collection[CacheName], kinds: Collection[CacheKind]) -> list[str]:
+    """Delete cache files of ``kinds`` in ``directory`` whose clip was not produced; returns their names.
+
+    All kinds of a clip are kept or deleted together. Only names of cache files are touched.
+    """
+    clips = {(name.base, name.size) for name in produced}
+    removed = []
+    for name, path in list_caches(directory).items():
+        if name.kind in kinds and (name.base, name.size) not in clips:
+            path.unlink()
+            removed.append(path.name)
+    return removed
+
+
+# --- the summary --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What happened to one modality of one dataset."""
+
+    encoded: int = 0
+    current: int = 0  # kept
+    failed: int = 0
+    no_audio: int = 0
+
+
+class Summary:
+    """Counts of a run by dataset and modality, and every failure with its reason."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
+        self.failures: list[tuple[str, str]] = []  # (name, reason)
+        self.silent: list[str] = []  # clips without sound, where sound was asked for
+        self.reasons: Counter[str] = Counter()  # why files were made again
+        self.needless = 0  # files made again although they were current
+        self.empty: list[str] = []  # datasets that gave nothing
+
+    def tally(self, dataset: str, modality: str) -> Tally:
+        return self._tallies[dataset, modality]
+
+    def fail(self, dataset: str, modality: str, name: str, error: Exception) -> None:
+        """Count a failure and log its reason in one line."""
+        self.tally(dataset, modality).failed += 1
+        reason = str(error).strip() if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: {error}"
+        self.failures.append((name, reason.splitlines()[0] if reason else type(error).__name__))
+        logger.error("%s: %s", name, self.failures[-1][1])
+        logger.debug("traceback", exc_info=error)
+
+    def count_reasons(self, reasons: Iterable[str | None]) -> None:
+        """Note why files are made; ``None`` = it was current, but all are made again."""
+        for reason in reasons:
+            if reason is None:
+                self.needless += 1
+            elif reason != MISSING:
+                self.reasons[reason] += 1
+
+    def failed_in(self, dataset: str) -> int:
+        return sum(tally.failed for (label, _), tally in self._tallies.items() if label == dataset)
+
+    def finish(self, *, allow_failed: bool) -> int:
+        """Log the table and what needs attention; the exit status of the script."""
+        rows = [
+            [label, modality, t.encoded, t.current, t.failed, t.no_audio]
+            for (label, modality), t in self._tallies.items()
+        ]
+        headers = ("dataset", "cache", "encoded", "current", "failed", "no audio")
+        logger.info("%s", format_table(headers, rows, title="summary"))
+        for reason, count in self.reasons.most_common():
+            logger.info("made again, %s: %d", reason, count)
+        total = sum(t.encoded for t in self._tallies.values())
+        if total and self.needless * 2 > total:
+            logger.info("%d of %d files were current already; --skip_existing keeps such files", self.needless, total)
+        if self.silent:
+            logger.warning("%d clips without sound: %s", len(self.silent), _shown(self.silent))
+        for name, reason in self.failures[:_FAILURES_SHOWN]:
+            logger.error("failed: %s: %s", name, reason)
+        if len(self.failures) > _FAILURES_SHOWN:
+            logger.error("and %d more failed", len(self.failures) - _FAILURES_SHOWN)
+        for label in self.empty:
+            logger.error("%s: nothing to cache", label)
+        return 0 if allow_failed else int(bool(self.failures or self.empty))
+
+
+def _shown(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,60 @@
+"""From ``sys.argv`` to a script's body, and from its errors to an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from musubi_tuner.common.errors import ConfigErrors, UserError
+from musubi_tuner.common.log import setup_logging
+
+from .parser import Parsed, parse
+
+C = TypeVar("C")
+Rule = Callable[[Parsed[C]], Sequence[str]]
+
+
+def entry(
+    config_class: type[C], description: str, *, rules: Sequence[Rule[C]] = ()
+) -> Callable[[Callable[[Parsed[C]], int | None]], Callable[[Sequence[str] | None], None]]:
+    """Make a script's ``main(argv=None)`` of a function that takes the parsed configuration.
+
+    ``rules`` look at several flags at once and return the violations; all are reported together. The process
+    exits with 2 when the request is wrong, 1 when the body returns a truthy status, 130 on Ctrl-C.
+    """
+
+    def decorate(body: Callable[[Parsed[C]], int | None]) -> Callable[[Sequence[str] | None], None]:
+        def main(argv: Sequence[str] | None = None) -> None:
+            prog = Path(body.__code__.co_filename).name
+            status = _run(lambda: body(_checked(config_class, argv, prog, description, rules)))
+            if status:
+                sys.exit(status)
+
+        main.__doc__ = description
+        return main
+
+    return decorate
+
+
+def _checked(
+    config_class: type[C], argv: Sequence[str] | None, prog: str, description: str, rules: Sequence[Rule[C]]
+) -> Parsed[C]:
+    parsed = parse(config_class, sys.argv[1:] if argv is None else argv, prog=prog, description=description)
+    setup_logging()
+    violations = [v for rule in rules for v in rule(parsed)]
+    if violations:
+        raise (ConfigErrors(violations, "invalid arguments") if len(violations) > 1 else UserError(violations[0]))
+    return parsed
+
+
+def _run(body: Callable[[], int | None]) -> int:
+    try:
+        return body() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

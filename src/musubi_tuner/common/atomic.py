@@ -1,0 +1,53 @@
+"""Files that exist whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_MARK = ".partial-"
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` to write; it takes the name only when the block succeeds.
+
+    Works for a file and for a directory that the block creates. On failure the temporary is removed and an
+    older file of that name is left as it was.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: several writers (PyAV, PIL) choose the format by it.
+    temporary = target.with_name(f"{target.stem}{_MARK}{uuid.uuid4().hex[:8]}{target.suffix}")
+    try:
+        yield temporary
+        if temporary.is_dir():
+            # A directory cannot be replaced in one step: the old one moves aside first, so that at every
+            # moment either the old or the new one exists under some name.
+            aside = target.with_name(f"{target.name}{_MARK}{uuid.uuid4().hex[:8]}.old")
+            if target.exists():
+                os.replace(target, aside)
+            os.replace(temporary, target)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(temporary, target)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether ``path`` is a leftover of an interrupted :func:`atomic_path`."""
+    return _MARK in path.name
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")

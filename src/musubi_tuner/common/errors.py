@@ -1,0 +1,28 @@
+"""The error that a user can act on, and 'did you mean'."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done.
+
+    The message says what was found, what was expected and what to do, naming the file or key. Entry scripts
+    print it without a traceback and exit with status 2 (bad request) or 1 (work done, but incomplete).
+    """
+
+
+class ConfigErrors(UserError):
+    """Several problems of one configuration, reported together."""
+
+    def __init__(self, problems: Sequence[str], heading: str = "invalid configuration") -> None:
+        self.problems = tuple(problems)
+        super().__init__(heading + ":\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the nearest of ``known``, else an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""

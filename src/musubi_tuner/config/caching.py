@@ -1,0 +1,97 @@
+"""Flags of the two caching scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .flag import flag
+from .model import CheckpointConfig, GemmaConfig
+
+
+@dataclass(frozen=True)
+class DatasetRunConfig:
+    """Dataset."""
+
+    dataset_config: Path | None = flag(None, "dataset configuration, TOML or JSON (required)")
+    batch_size: int | None = flag(None, "items encoded at once; not given: the dataset's batch_size")
+    num_workers: int | None = flag(None, "workers that decode ahead of the encoder; not given: CPU count - 1")
+    skip_existing: bool = flag(False, "keep caches that this checkpoint, mode and settings made")
+    keep_cache: bool = flag(False, "keep cache files that the dataset no longer produces")
+    allow_failed: bool = flag(False, "exit with 0 even when some items failed")
+    device: str | None = flag(None, "device of the encoder; not given: cuda if present, else cpu")
+
+
+@dataclass(frozen=True)
+class LatentEncodingConfig:
+    """Latent encoding."""
+
+    vae: Path | None = flag(None, "video VAE from another file than --ltx2_checkpoint")
+    vae_dtype: str = flag("bfloat16", "dtype of the video VAE", metavar="DTYPE")
+    vae_chunk_size: int | None = flag(None, "encode in temporal chunks of this many frames (exact, saves memory)")
+    vae_spatial_tile_size: int | None = flag(
+        None, "encode in spatial tiles of this many pixels (>= 64, multiple of 32)"
+    )
+    vae_spatial_tile_overlap: int = flag(64, "overlap of spatial tiles, pixels (multiple of 32)")
+    vae_temporal_tile_size: int | None = flag(
+        None, "encode in temporal tiles of this many frames (>= 16, multiple of 8)"
+    )
+    vae_temporal_tile_overlap: int = flag(24, "overlap of temporal tiles, frames (multiple of 8)")
+
+
+@dataclass(frozen=True)
+class AudioSourceConfig:
+    """Audio."""
+
+    ltx2_audio_source: Literal["video", "audio_files"] = flag("video", "sound of the video file, or separate files")
+    ltx2_audio_dir: Path | None = flag(None, "folder of the separate files; not given: the video's folder")
+    ltx2_audio_ext: str = flag(".wav", "extension of the separate files")
+    ltx2_audio_dtype: str = flag("float16", "dtype of the audio VAE", metavar="DTYPE")
+    audio_only_target_fps: float = flag(25.0, "mode audio: frame rate of the virtual video geometry")
+    audio_only_target_resolution: int | None = flag(
+        None, "mode audio: side of the virtual video, with --audio_only_sequence_resolution 0"
+    )
+    audio_only_sequence_resolution: int = flag(
+        64, "mode audio: fixed side of the virtual video, pixels; 0 = the dataset's resolution"
+    )
+    audio_video_latent_channels: int | None = flag(
+        None, "mode audio: channels of the placeholder latent; not given: what the checkpoint reads"
+    )
+    audio_video_latent_dtype: str | None = flag(
+        None, "mode audio: dtype of the placeholder latent; not given: --ltx2_audio_dtype", metavar="DTYPE"
+    )
+
+
+@dataclass(frozen=True)
+class CacheLatentsConfig:
+    """``ltx2_cache_latents.py``"""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    dataset: DatasetRunConfig = DatasetRunConfig()
+    encoding: LatentEncodingConfig = LatentEncodingConfig()
+    audio: AudioSourceConfig = AudioSourceConfig()
+
+
+@dataclass(frozen=True)
+class TextEncodingConfig:
+    """Text encoding."""
+
+    ltx2_text_encoder_checkpoint: Path | None = flag(None, "connectors from another file than --ltx2_checkpoint")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag(
+        "no", "compute dtype of Gemma and the connectors, and of the cache"
+    )
+    legacy_text_keys: bool = flag(True, "also write the keys text_* that older trainers read (doubles the file)")
+    precache_sample_prompts: bool = flag(False, "also encode the prompts of --sample_prompts")
+    sample_prompts: Path | None = flag(None, "prompt file (.txt, .toml, .json)")
+    sample_prompts_cache: Path | None = flag(None, "where the encoded prompts go; not given: the first cache_directory")
+
+
+@dataclass(frozen=True)
+class CacheTextConfig:
+    """``ltx2_cache_text_encoder_outputs.py``"""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    gemma: GemmaConfig = GemmaConfig()
+    dataset: DatasetRunConfig = DatasetRunConfig()
+    text: TextEncodingConfig = TextEncodingConfig()

@@ -1,0 +1,99 @@
+"""Rules across the flags of the two caching scripts, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from .caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig, LatentEncodingConfig
+
+_DTYPES = ("bfloat16", "bf16", "float16", "fp16", "float32", "fp32", "float")
+
+
+def required(config: CacheLatentsConfig | CacheTextConfig) -> Iterable[str]:
+    """Files that both scripts cannot do without, and whether they exist."""
+    needed = {
+        "dataset_config": config.dataset.dataset_config,
+        "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint,
+    }
+    for name, path in needed.items():
+        if path is None:
+            yield f"--{name} is required"
+    yield from _missing(needed)
+    yield from _counts(config.dataset)
+
+
+def latents(config: CacheLatentsConfig) -> Iterable[str]:
+    """Options of the latent caching script."""
+    encoding, audio = config.encoding, config.audio
+    yield from _missing({"vae": encoding.vae, "ltx2_audio_dir": audio.ltx2_audio_dir})
+    dtypes = {
+        "vae_dtype": encoding.vae_dtype,
+        "ltx2_audio_dtype": audio.ltx2_audio_dtype,
+        "audio_video_latent_dtype": audio.audio_video_latent_dtype,
+    }
+    for name, value in dtypes.items():
+        if value is not None and value.lower() not in _DTYPES:
+            yield f"--{name} {value}: expected one of {', '.join(_DTYPES)}"
+    yield from _tiles(encoding)
+    if audio.ltx2_audio_source == "video" and audio.ltx2_audio_dir is not None:
+        yield "--ltx2_audio_dir needs --ltx2_audio_source audio_files"
+    if audio.audio_only_target_fps <= 0:
+        yield f"--audio_only_target_fps {audio.audio_only_target_fps:g}: expected a number > 0"
+    if audio.audio_only_sequence_resolution != 0 and audio.audio_only_sequence_resolution < 32:
+        yield f"--audio_only_sequence_resolution {audio.audio_only_sequence_resolution}: expected 0 or at least 32"
+    if audio.audio_only_target_resolution is not None and audio.audio_only_target_resolution < 32:
+        yield f"--audio_only_target_resolution {audio.audio_only_target_resolution}: expected at least 32"
+    if audio.audio_video_latent_channels is not None and audio.audio_video_latent_channels < 1:
+        yield f"--audio_video_latent_channels {audio.audio_video_latent_channels}: expected at least 1"
+
+
+def _tiles(encoding: LatentEncodingConfig) -> Iterable[str]:
+    if encoding.vae_chunk_size is not None and encoding.vae_chunk_size < 1:
+        yield f"--vae_chunk_size {encoding.vae_chunk_size}: expected at least 1"
+    kinds = (
+        ("spatial", encoding.vae_spatial_tile_size, encoding.vae_spatial_tile_overlap, 64, 32),
+        ("temporal", encoding.vae_temporal_tile_size, encoding.vae_temporal_tile_overlap, 16, 8),
+    )
+    for kind, size, overlap, least, step in kinds:
+        if size is None:
+            continue
+        if size < least or size % step:
+            yield f"--vae_{kind}_tile_size {size}: expected a multiple of {step}, at least {least}"
+        if overlap < 0 or overlap % step or overlap >= size:
+            yield f"--vae_{kind}_tile_overlap {overlap}: expected a multiple of {step} below the tile size {size}"
+
+
+def text(config: CacheTextConfig) -> Iterable[str]:
+    """Options of the text caching script."""
+    gemma, prompts = config.gemma, config.text
+    if (gemma.gemma_root is None) == (gemma.gemma_safetensors is None):
+        yield "give exactly one of --gemma_root (a folder) and --gemma_safetensors (a file)"
+    quantized = [name for name in ("gemma_load_in_8bit", "gemma_load_in_4bit") if getattr(gemma, name)]
+    if len(quantized) > 1:
+        yield "--gemma_load_in_8bit and --gemma_load_in_4bit exclude each other; give one"
+    if quantized and gemma.gemma_safetensors is not None:
+        yield f"--{quantized[0]} works with --gemma_root only; a single file is loaded as it is stored"
+    if prompts.precache_sample_prompts and prompts.sample_prompts is None:
+        yield "--precache_sample_prompts needs --sample_prompts"
+    yield from _missing(
+        {
+            "gemma_root": gemma.gemma_root,
+            "gemma_safetensors": gemma.gemma_safetensors,
+            "ltx2_text_encoder_checkpoint": prompts.ltx2_text_encoder_checkpoint,
+            "sample_prompts": prompts.sample_prompts,
+        }
+    )
+
+
+def _missing(paths: dict[str, Path | None]) -> Iterable[str]:
+    for name, path in paths.items():
+        if path is not None and not path.exists():
+            yield f"--{name} {path}: not found"
+
+
+def _counts(dataset: DatasetRunConfig) -> Iterable[str]:
+    for name in ("batch_size", "num_workers"):
+        value = getattr(dataset, name)
+        if value is not None and value < 1:
+            yield f"--{name} {value}: expected at least 1"

@@ -1,0 +1,61 @@
+"""Rules across the flags of ``ltx2_generate_video.py``, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .sampling import GenerateVideoConfig
+
+
+def _files(config: GenerateVideoConfig) -> Iterable[str]:
+    if config.checkpoint.ltx2_checkpoint is None:
+        yield "--ltx2_checkpoint is required"
+    named = {
+        "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint,
+        "vae": config.generate.vae,
+        "sample_prompts": config.generate.sample_prompts,
+        "sample_prompts_cache": config.generate.sample_prompts_cache,
+        "gemma_root": config.gemma.gemma_root,
+        "gemma_safetensors": config.gemma.gemma_safetensors,
+    }
+    for name, path in named.items():
+        if isinstance(path, Path) and not path.exists():
+            yield f"--{name} {path}: not found"
+    for path in config.lora.lora_weight:
+        if not path.exists():
+            yield f"--lora_weight {path}: not found"
+
+
+def _prompts(config: GenerateVideoConfig) -> Iterable[str]:
+    generate, gemma = config.generate, config.gemma
+    if (generate.prompt is None) == (generate.sample_prompts is None):
+        yield "give either --prompt or --sample_prompts"
+    if generate.use_precached_sample_prompts:
+        if generate.sample_prompts is None:
+            yield "--use_precached_sample_prompts needs --sample_prompts"
+        if generate.sample_prompts_cache is None:
+            yield "--use_precached_sample_prompts needs --sample_prompts_cache"
+    elif gemma.gemma_root is None and gemma.gemma_safetensors is None:
+        yield "encoding prompts needs --gemma_root or --gemma_safetensors (or --use_precached_sample_prompts)"
+    if gemma.gemma_load_in_8bit and gemma.gemma_load_in_4bit:
+        yield "--gemma_load_in_8bit and --gemma_load_in_4bit exclude each other"
+
+
+def _combinations(config: GenerateVideoConfig) -> Iterable[str]:
+    lora, mode = config.lora, config.checkpoint.ltx2_mode
+    count, given = len(lora.lora_weight), len(lora.lora_multiplier)
+    if given not in (0, 1, count):
+        yield f"--lora_multiplier: expected none, one or {count} (one for each --lora_weight), got {given}"
+    if given and not count:
+        yield "--lora_multiplier needs --lora_weight"
+    if config.decode.sample_audio_only and mode == "video":
+        yield "--sample_audio_only needs --ltx2_mode av or audio"
+    if not 0 <= config.guidance.guidance_rescale <= 1:
+        yield f"--guidance_rescale: expected 0 to 1, got {config.guidance.guidance_rescale}"
+
+
+def generate_rules(parsed: Any) -> list[str]:
+    """Every violation."""
+    return [v for rule in (_files, _prompts, _combinations) for v in rule(parsed.config)]

@@ -1,0 +1,123 @@
+"""Rules across the flags of ``ltx2_train_network.py``, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .training import TrainNetworkConfig
+
+# Flags of the usual commands whose work arrives with the memory features.
+_NOT_YET = {
+    "flash_attn": "use --sdpa",
+    "flash3": "use --sdpa",
+    "blocks_to_swap": "leave it out",
+    "use_pinned_memory_for_block_swap": "leave it out",
+    "fp8_base": "leave it out: the base stays in bf16",
+    "fp8_scaled": "leave it out: the base stays in bf16",
+}
+
+
+def unavailable(config: TrainNetworkConfig) -> Iterable[str]:
+    """One message that names every flag whose feature does not exist yet."""
+    asked = [name for name in _NOT_YET if getattr(config.memory, name)]
+    if asked:
+        advice = "; ".join(f"--{name} ({_NOT_YET[name]})" for name in asked)
+        yield f"not available in this version: {advice}"
+
+
+def required(config: TrainNetworkConfig) -> Iterable[str]:
+    """Files and folders that a run cannot do without, and whether they exist."""
+    needed = {
+        "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint,
+        "dataset_config": config.data.dataset_config,
+        "output_dir": config.save.output_dir,
+    }
+    for name, value in needed.items():
+        if value is None:
+            yield f"--{name} is required"
+    named = {
+        **{k: v for k, v in needed.items() if k != "output_dir"},
+        "network_weights": config.network.network_weights,
+        "sample_prompts": config.preview.sample_prompts,
+        "gemma_root": config.gemma.gemma_root,
+        "gemma_safetensors": config.gemma.gemma_safetensors,
+        "resume": config.save.resume,
+    }
+    for name, value in named.items():
+        if isinstance(value, Path) and not value.exists():
+            yield f"--{name} {value}: not found"
+
+
+def ranges(config: TrainNetworkConfig) -> Iterable[str]:
+    """Numbers outside their range."""
+    optimizer, timestep, loss, data = config.optimizer, config.timestep, config.loss, config.data
+    at_least_one = {
+        "gradient_accumulation_steps": optimizer.gradient_accumulation_steps,
+        "max_train_steps": optimizer.max_train_steps,
+        "max_train_epochs": optimizer.max_train_epochs,
+        "network_dim": config.network.network_dim,
+        "save_every_n_steps": config.save.save_every_n_steps,
+        "save_every_n_epochs": config.save.save_every_n_epochs,
+        "sample_every_n_steps": config.preview.sample_every_n_steps,
+        "sample_every_n_epochs": config.preview.sample_every_n_epochs,
+    }
+    yield from (f"--{k}: expected at least 1, got {v}" for k, v in at_least_one.items() if v is not None and v < 1)
+    not_negative = {
+        "learning_rate": optimizer.learning_rate,
+        "audio_lr": optimizer.audio_lr,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "video_loss_weight": loss.video_loss_weight,
+        "audio_loss_weight": loss.audio_loss_weight,
+        "max_data_loader_n_workers": data.max_data_loader_n_workers,
+    }
+    yield from (f"--{k}: expected 0 or more, got {v}" for k, v in not_negative.items() if v is not None and v < 0)
+    positive = {
+        "logit_std": timestep.logit_std,
+        "huber_delta": loss.huber_delta,
+        "audio_bucket_interval": data.audio_bucket_interval,
+    }
+    yield from (f"--{k}: expected more than 0, got {v}" for k, v in positive.items() if v is not None and v <= 0)
+    shares = {
+        "caption_dropout_rate": loss.caption_dropout_rate,
+        "ltx2_first_frame_conditioning_p": loss.ltx2_first_frame_conditioning_p,
+        "shifted_logit_uniform_prob": timestep.shifted_logit_uniform_prob,
+    }
+    yield from (f"--{k}: expected 0 to 1, got {v}" for k, v in shares.items() if not 0 <= v <= 1)
+    if not 0 <= timestep.shifted_logit_eps <= 0.499:
+        yield f"--shifted_logit_eps: expected 0 to 0.499, got {timestep.shifted_logit_eps}"
+    low, high = timestep.min_timestep or 0, 1000 if timestep.max_timestep is None else timestep.max_timestep
+    if not 0 <= low < high <= 1000:
+        yield f"--min_timestep {low} --max_timestep {high}: expected 0 <= min < max <= 1000"
+
+
+def combinations(config: TrainNetworkConfig) -> Iterable[str]:
+    """Flags that exclude or need each other."""
+    gemma, preview, save = config.gemma, config.preview, config.save
+    if gemma.gemma_load_in_8bit and gemma.gemma_load_in_4bit:
+        yield "--gemma_load_in_8bit and --gemma_load_in_4bit exclude each other"
+    if gemma.gemma_safetensors and (gemma.gemma_load_in_8bit or gemma.gemma_load_in_4bit):
+        yield "--gemma_safetensors cannot be loaded in 8 or 4 bit; use --gemma_root"
+    if config.version.ltx2_audio_only_model and config.checkpoint.ltx2_mode != "audio":
+        yield f"--ltx2_audio_only_model needs --ltx2_mode audio, got {config.checkpoint.ltx2_mode}"
+    samples = preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs
+    if samples and preview.sample_prompts is None:
+        yield "--sample_at_first and --sample_every_n_* need --sample_prompts"
+    has_text_encoder = gemma.gemma_root or gemma.gemma_safetensors or preview.use_precached_sample_prompts
+    if samples and preview.sample_prompts is not None and not has_text_encoder:
+        yield "--sample_prompts needs --gemma_root, --gemma_safetensors or --use_precached_sample_prompts"
+    if config.decode.sample_audio_only and config.checkpoint.ltx2_mode == "video":
+        yield "--sample_audio_only needs --ltx2_mode av or audio"
+    for kind in ("epochs", "steps"):
+        for suffix in ("", "_state"):
+            if getattr(save, f"save_last_n_{kind}{suffix}") is not None and not getattr(save, f"save_every_n_{kind}"):
+                yield f"--save_last_n_{kind}{suffix} needs --save_every_n_{kind}"
+    if config.tracking.log_with in ("tensorboard", "all") and config.tracking.logging_dir is None:
+        yield f"--log_with {config.tracking.log_with} needs --logging_dir"
+
+
+def all_rules(parsed: Any) -> list[str]:
+    """Every violation, in the order of the rules above."""
+    config: TrainNetworkConfig = parsed.config
+    return [v for rule in (required, unavailable, ranges, combinations) for v in rule(config)]

@@ -1,0 +1,182 @@
+"""Flags of ``ltx2_train_network.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .flag import flag
+from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
+from .sampling import PreviewConfig, SampleDecodeConfig
+
+
+def steps_or_share(text: str) -> float:
+    """``"100"``, ``"0.1"`` or ``"10%"``; below 1 is a share of the run.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if value < 0 or (value >= 1 and value != int(value)):
+        raise ValueError("expected whole steps, a share below 1, or N%")
+    return value
+
+
+TargetPreset = Literal["t2v", "v2v", "audio", "audio_ref_only_ic", "full"]
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Attention and memory."""
+
+    sdpa: bool = flag(False, "PyTorch scaled dot-product attention (the default)")
+    flash_attn: bool = flag(False, "FlashAttention 2 (not available yet)")
+    flash3: bool = flag(False, "FlashAttention 3 (not available yet)")
+    gradient_checkpointing: bool = flag(False, "recompute block activations in the backward pass")
+    blocks_to_swap: int = flag(0, "transformer blocks kept on the CPU (not available yet)")
+    use_pinned_memory_for_block_swap: bool = flag(False, "pinned memory for block swapping (not available yet)")
+    fp8_base: bool = flag(False, "base weights in FP8 (not available yet)")
+    fp8_scaled: bool = flag(False, "quantise the base weights to scaled FP8 (not available yet)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Dataset."""
+
+    dataset_config: Path | None = flag(None, "dataset configuration, TOML or JSON (required)")
+    max_data_loader_n_workers: int = flag(8, "processes that read batches ahead (at most the CPU count); 0 = none")
+    persistent_data_loader_workers: bool = flag(False, "keep the loader processes between epochs")
+    separate_audio_buckets: bool | None = flag(None, "keep items with and without sound in separate batches")
+    audio_bucket_strategy: Literal["pad", "truncate"] | None = flag(None, "bring audio lengths of a bucket together")
+    audio_bucket_interval: float | None = flag(None, "step of the audio length buckets, seconds")
+    audio_only_sequence_resolution: int = flag(
+        64, "mode audio: side of the virtual video for the timestep shift; 0 = as cached"
+    )
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Network."""
+
+    network_module: str = flag("networks.lora_ltx2", "network to train")
+    network_dim: int | None = flag(None, "rank (not given: the network's default, 4)")
+    network_alpha: float = flag(1.0, "the delta is scaled by alpha / rank")
+    network_dropout: float | None = flag(None, "dropout on the rank dimension")
+    network_args: tuple[str, ...] = flag((), "options of the network, key=value")
+    network_weights: Path | None = flag(None, "start from this LoRA file")
+    lora_target_preset: TargetPreset = flag("t2v", "which linear layers are adapted")
+    training_comment: str | None = flag(None, "free text for the metadata")
+    metadata: bool = flag(True, "write the full training metadata into the LoRA file")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and schedule."""
+
+    optimizer_type: str = flag("AdamW", "AdamW, AdamW8bit, or a class of torch.optim or of any module (module.Class)")
+    optimizer_args: tuple[str, ...] = flag((), "options of the optimizer, key=value")
+    learning_rate: float = flag(2e-6, "learning rate")
+    audio_lr: float | None = flag(None, "learning rate of modules whose name contains audio_")
+    lr_args: tuple[str, ...] = flag((), "learning rates by module, regex=lr")
+    max_grad_norm: float = flag(1.0, "gradient norm clipping; 0 = off")
+    lr_scheduler: str = flag("constant", "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, ...")
+    lr_warmup_steps: float = flag(0, "warm-up steps, or a share of the run (below 1, or N%)", convert=steps_or_share)
+    lr_scheduler_num_cycles: int = flag(1, "cycles of cosine_with_restarts")
+    lr_scheduler_min_lr_ratio: float | None = flag(None, "floor of cosine_with_min_lr, relative to the learning rate")
+    max_train_steps: int = flag(1600, "optimizer steps")
+    max_train_epochs: int | None = flag(None, "epochs; wins over --max_train_steps")
+    gradient_accumulation_steps: int = flag(1, "batches per optimizer step")
+    seed: int | None = flag(None, "seed of everything random (not given: drawn and logged)")
+
+
+@dataclass(frozen=True)
+class TimestepConfig:
+    """Timesteps."""
+
+    timestep_sampling: Literal["shifted_logit_normal", "sigma", "uniform"] = flag(
+        "shifted_logit_normal", "distribution of noise levels (sigma means shifted_logit_normal)"
+    )
+    logit_mean: float = flag(0.0, "mean of the logit-normal distribution, added to the shift")
+    logit_std: float = flag(1.0, "standard deviation of the logit-normal distribution")
+    shifted_logit_mode: Literal["legacy", "stretched"] | None = flag(
+        None, "variant of the sampler; not given: legacy for 2.0, stretched for 2.3"
+    )
+    shifted_logit_eps: float = flag(1e-3, "stretched: lowest noise level, values below are reflected")
+    shifted_logit_uniform_prob: float = flag(0.1, "stretched: share of uniform draws")
+    shifted_logit_shift: float | None = flag(None, "shift; not given: by the number of tokens")
+    min_timestep: int | None = flag(None, "lowest noise level, 0 to 1000")
+    max_timestep: int | None = flag(None, "highest noise level, 0 to 1000")
+    independent_audio_timestep: bool = flag(False, "draw the audio noise level apart from the video's")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Loss and conditioning."""
+
+    loss_type: Literal["mse", "mae", "l1", "huber", "smooth_l1"] = flag("mse", "error of each latent value")
+    huber_delta: float = flag(1.0, "where huber and smooth_l1 turn linear")
+    video_loss_weight: float = flag(1.0, "weight of the video loss")
+    audio_loss_weight: float = flag(1.0, "weight of the audio loss")
+    caption_dropout_rate: float = flag(0.0, "probability to train a sample without its caption")
+    ltx2_first_frame_conditioning_p: float = flag(0.1, "probability to keep a sample's first latent frame clean")
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """Saving and resuming."""
+
+    output_dir: Path | None = flag(None, "folder of the LoRA files (required)")
+    output_name: str = flag("ltx2_lora", "name of the LoRA files")
+    save_every_n_epochs: int | None = flag(None, "save every so many epochs")
+    save_every_n_steps: int | None = flag(None, "save every so many optimizer steps")
+    save_last_n_epochs: int | None = flag(None, "keep only the files of the last so many epochs")
+    save_last_n_steps: int | None = flag(None, "keep only the files of the last so many steps")
+    save_last_n_epochs_state: int | None = flag(None, "the same for state folders")
+    save_last_n_steps_state: int | None = flag(None, "the same for state folders")
+    save_state: bool = flag(False, "also save what --resume needs, at each save")
+    save_state_on_train_end: bool = flag(False, "save the state at the end only")
+    resume: Path | None = flag(None, "state folder to continue from")
+    autoresume: bool = flag(False, "continue from the latest state in --output_dir, if there is one")
+    save_precision: Literal["float", "fp32", "fp16", "bf16"] = flag("bf16", "dtype of the LoRA files")
+    save_checkpoint_metadata: bool = flag(False, "write a .json with loss, lr, step and epoch beside each LoRA")
+    convert_to_comfy: bool = flag(True, "also write *.comfy.safetensors")
+    save_original_lora: bool = flag(True, "keep the original format beside the ComfyUI one")
+    metadata_title: str | None = flag(None, "title in the LoRA's metadata (not given: --output_name)")
+    metadata_author: str | None = flag(None, "author in the LoRA's metadata")
+    metadata_description: str | None = flag(None, "description in the LoRA's metadata")
+    metadata_license: str | None = flag(None, "licence in the LoRA's metadata")
+    metadata_tags: str | None = flag(None, "tags in the LoRA's metadata, comma separated")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Logging."""
+
+    logging_dir: Path | None = flag(None, "folder of the logs")
+    log_with: Literal["tensorboard", "wandb", "all"] | None = flag(None, "tracker (with --logging_dir: tensorboard)")
+    log_prefix: str = flag("", "start of the log folder's name")
+    log_tracker_name: str = flag("network_train", "name of the run in the tracker")
+
+
+@dataclass(frozen=True)
+class TrainNetworkConfig:
+    """``ltx2_train_network.py``"""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    version: VersionConfig = VersionConfig()
+    gemma: GemmaConfig = GemmaConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    memory: MemoryConfig = MemoryConfig()
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    timestep: TimestepConfig = TimestepConfig()
+    loss: LossConfig = LossConfig()
+    preview: PreviewConfig = PreviewConfig()
+    decode: SampleDecodeConfig = SampleDecodeConfig()
+    save: SaveConfig = SaveConfig()
+    tracking: TrackingConfig = TrackingConfig()

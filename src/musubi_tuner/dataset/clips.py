@@ -1,0 +1,375 @@
+"""From one source item to clips ready for the VAEs: decoded, at the target rate, resized, cut, with sound.
+
+Everything here runs without a model and without a GPU. The functions are plain and their arguments and
+results can be pickled, so threads or processes can call them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from .audio import AudioTrack, NoAudio, cut_clip, probe_audio, to_16k
+from .buckets import AUDIO_RATE, Size
+from .frames import (
+    ClipWindow,
+    Cut,
+    FrameRate,
+    clip_windows,
+    cut_clips,
+    is_regular,
+    needs_resampling,
+    output_length,
+    sample_frames,
+)
+from .media import (
+    MediaError,
+    Video,
+    frame_times,
+    image_size,
+    open_video,
+    probe_video,
+    read_image,
+    resize_to_bucket,
+)
+from .schema import DatasetEntry
+from .sources import SourceItem
+
+logger = logging.getLogger(__name__)
+
+AudioStatus = Literal["present", "absent", "not requested"]
+
+IMAGE_FPS = 25.0
+
+# Beyond these a container's rate is a damaged or meaningless value.
+_LOWEST_FPS, _HIGHEST_FPS = 1.0, 1000.0
+
+
+@dataclass(frozen=True)
+class AudioSource:
+    """Where the sound of a video item comes from."""
+
+    kind: Literal["video", "audio_files"] = "video"
+    directory: Path | None = None  # of the files; None: beside the video
+    extension: str = ".wav"
+
+    def locate(self, item: SourceItem) -> Path:
+        """The file that should hold the item's sound: the video itself or ``<stem><extension>``."""
+        if self.kind == "video":
+            return item.path
+        suffix = "." + self.extension.lstrip(".")
+        return (self.directory or item.path.parent) / (item.stem + suffix)
+
+
+@dataclass(frozen=True)
+class PreparedClip:
+    """One training sample before encoding."""
+
+    base_name: str  # start of its cache file names
+    item: SourceItem
+    bucket: Size  # (width, height)
+    window: ClipWindow | None  # frames at the target rate; None: a sound without picture
+    pixels: np.ndarray | None  # uint8 [F, H, W, 3]
+    fps: float
+    waveform: np.ndarray | None  # float32 [2, S] at 16 kHz
+    audio_status: AudioStatus
+    original_size: Size | None  # (width, height) as shown
+    notes: tuple[str, ...] = ()
+
+    @property
+    def duration(self) -> float:
+        """Seconds: of the frames, or of the sound where there are none."""
+        if self.pixels is not None:
+            return len(self.pixels) / self.fps
+        return self.waveform.shape[1] / AUDIO_RATE if self.waveform is not None else 0.0
+
+
+@dataclass(frozen=True)
+class ItemPlan:
+    """What an item will give, from its header alone; counts are estimates until it is decoded."""
+
+    item: SourceItem
+    bucket: Size
+    size: Size | None  # (width, height) as shown
+    fps: float | None  # of the source
+    duration: float | None  # seconds
+    frames: int  # at the target rate
+    windows: tuple[ClipWindow, ...]
+    too_short: tuple[int, ...]  # target_frames that are longer than the video
+    resampled: bool
+    has_audio: bool
+
+
+def base_name(item: SourceItem, window: ClipWindow | None) -> str:
+    """``<stem>``, for clips of a video ``<stem>_<start>-<count>``."""
+    if item.kind != "video" or window is None:
+        return item.stem
+    return f"{item.stem}_{window.start:05d}-{window.count:03d}"
+
+
+# --- clips --------------------------------------------------------------------------------------------------
+
+
+def prepare_clips(
+    item: SourceItem,
+    entry: DatasetEntry,
+    *,
+    with_audio: bool,
+    audio_source: AudioSource | None = None,
+    decode_threads: int = 1,
+) -> list[PreparedClip]:
+    """All clips of an item at once, by length, then by start; see :func:`iter_clips`."""
+    clips = iter_clips(item, entry, with_audio=with_audio, audio_source=audio_source, decode_threads=decode_threads)
+    return sorted(clips, key=lambda clip: (clip.window.count, clip.window.start) if clip.window else (0, 0))
+
+
+def iter_clips(
+    item: SourceItem,
+    entry: DatasetEntry,
+    *,
+    with_audio: bool,
+    audio_source: AudioSource | None = None,
+    decode_threads: int = 1,
+) -> Iterator[PreparedClip]:
+    """Decode an item and yield its clips, each as soon as it is complete.
+
+    Memory stays near that of the longest clip, however long the video is. A video shorter than every target
+    length yields nothing.
+
+    Args:
+        with_audio: cut the sound of videos too; sound without picture always has it.
+        audio_source: where the sound of videos comes from; by default from the video itself.
+        decode_threads: of one video decoder; 0 = one for each core.
+
+    Raises:
+        MediaError: the file is damaged, of unknown frame rate, or too small for a bucket.
+    """
+    if item.kind == "image":
+        yield _image_clip(item, entry)
+    elif item.kind == "audio":
+        yield _audio_clip(item, entry)
+    else:
+        sound = audio_source or AudioSource() if with_audio else None
+        yield from _video_clips(item, entry, sound, decode_threads)
+
+
+def _image_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
+    pixels = read_image(item.path)
+    size = pixels.shape[1], pixels.shape[0]
+    bucket = _bucket(item, entry, size)
+    return PreparedClip(
+        base_name=base_name(item, None),
+        item=item,
+        bucket=bucket,
+        window=ClipWindow(0, 1),
+        pixels=np.ascontiguousarray(resize_to_bucket(pixels, bucket))[None],
+        fps=IMAGE_FPS,
+        waveform=None,
+        audio_status="not requested",
+        original_size=size,
+    )
+
+
+def _audio_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
+    with AudioTrack(item.path) as track:
+        samples = track.read_all()
+        notes = _sound_notes(track)
+    if isinstance(samples, NoAudio):
+        raise MediaError(f"{item.path}: {samples.reason}; remove it from the directory")
+    return PreparedClip(
+        base_name=base_name(item, None),
+        item=item,
+        bucket=entry.resolution,
+        window=None,
+        pixels=None,
+        fps=entry.target_fps,
+        waveform=to_16k(samples, track.rate),
+        audio_status="present",
+        original_size=None,
+        notes=notes,
+    )
+
+
+def _video_clips(
+    item: SourceItem, entry: DatasetEntry, sound: AudioSource | None, decode_threads: int
+) -> Iterator[PreparedClip]:
+    with ExitStack() as stack:
+        video = stack.enter_context(open_video(item.path, threads=decode_threads))
+        bucket = _bucket(item, entry, video.info.size)
+        rate, length, notes = _frame_rate(video, entry)
+        track = _open_track(stack, video, item, sound) if sound else None
+        cuts = cut_clips(
+            sample_frames(video.frames(), rate),
+            entry.extraction,
+            convert=lambda frame: resize_to_bucket(video.to_rgb(frame), bucket),
+            length=length,
+        )
+        for cut in cuts:
+            waveform, status, sound_notes = _clip_sound(track, cut, entry.target_fps)
+            yield PreparedClip(
+                base_name=base_name(item, cut.window),
+                item=item,
+                bucket=bucket,
+                window=cut.window,
+                pixels=np.stack(cut.frames),
+                fps=entry.target_fps,
+                waveform=waveform,
+                audio_status=status,
+                original_size=video.info.size,
+                notes=notes + sound_notes,
+            )
+
+
+def _bucket(item: SourceItem, entry: DatasetEntry, size: Size) -> Size:
+    bucket = entry.bucket(size)
+    if bucket is None:
+        raise MediaError(
+            f"{item.path}: {size[0]}x{size[1]} is smaller than the smallest bucket (32 per side); "
+            "remove it, or allow enlarging with bucket_no_upscale = false"
+        )
+    return bucket
+
+
+# --- frame rate ---------------------------------------------------------------------------------------------
+
+
+def _frame_rate(video: Video, entry: DatasetEntry) -> tuple[FrameRate, int | None, tuple[str, ...]]:
+    """The frame-rate rule for one video, the number of output frames if the extraction needs it, notes."""
+    name, rule = video.path.name, entry.extraction
+    rate = _nominal_rate(video.path, video.info.fps, entry)
+    if not rate.given:
+        logger.info("Auto-detected source FPS: %.2f for %s", rate.source, name)
+    notes: list[str] = []
+    length = None
+    check = not (rate.resample or rate.given)
+    if check or rule.mode == "uniform":
+        times = frame_times(video.path, None if rule.limit is None else rule.limit + 1)
+        if check and not is_regular(times, rate.source):
+            rate = replace(rate, resample=True)
+            notes.append("variable frame rate: frames are chosen by their time")
+        length = output_length(len(times), times[-1] + 1.0 / rate.source, rate)
+    if rate.resample:
+        logger.info("Resampling %s: %.2f FPS -> %.2f FPS", name, rate.source, rate.target)
+    if rate.source < rate.target - 1 and rate.resample:
+        notes.append(f"repeats frames ({rate.source:.2f} to {rate.target:.2f} FPS); set target_fps")
+    for note in notes:
+        logger.warning("%s: %s", name, note)
+    return rate, length if rule.mode == "uniform" else None, tuple(notes)
+
+
+def _nominal_rate(path: Path, detected: float | None, entry: DatasetEntry) -> FrameRate:
+    source = entry.source_fps or detected
+    if source is None or not _LOWEST_FPS <= source <= _HIGHEST_FPS:
+        found = "unknown" if source is None else f"{source:.6g}"
+        raise MediaError(f"{path}: its frame rate is {found}; set source_fps of the dataset")
+    return FrameRate(
+        source,
+        entry.target_fps,
+        given=entry.source_fps is not None,
+        resample=needs_resampling(source, entry.target_fps),
+    )
+
+
+# --- sound --------------------------------------------------------------------------------------------------
+
+
+def _open_track(stack: ExitStack, video: Video, item: SourceItem, sound: AudioSource) -> AudioTrack | NoAudio:
+    path = sound.locate(item)
+    if path != item.path and not path.is_file():
+        return NoAudio(f"no file {path}")
+    # A file of its own starts with the video.
+    return stack.enter_context(AudioTrack(path, origin=video.origin if path == item.path else None))
+
+
+def _clip_sound(
+    track: AudioTrack | NoAudio | None, cut: Cut[np.ndarray], fps: float
+) -> tuple[np.ndarray | None, AudioStatus, tuple[str, ...]]:
+    if track is None:
+        return None, "not requested", ()
+    if isinstance(track, NoAudio):
+        return None, "absent", (track.reason,)
+    samples = cut_clip(track, cut.start, cut.end, cut.window.count / fps)
+    track.forget(cut.earliest)
+    if isinstance(samples, NoAudio):
+        return None, "absent", (samples.reason,)
+    return samples, "present", _sound_notes(track)
+
+
+def _sound_notes(track: AudioTrack) -> tuple[str, ...]:
+    notes = []
+    if track.gaps:
+        notes.append(f"{track.gaps:.2f} s of pauses in the sound filled with silence")
+    if track.damaged:
+        notes.append(f"{track.damaged} damaged packets of sound left out")
+    return tuple(notes)
+
+
+# --- planning -----------------------------------------------------------------------------------------------
+
+
+def plan_item(item: SourceItem, entry: DatasetEntry, audio_source: AudioSource | None = None) -> ItemPlan:
+    """Which clips and bucket an item will give, from headers (and the first frame of a video).
+
+    Raises:
+        MediaError: as :func:`iter_clips`, as far as the header shows it.
+    """
+    if item.kind == "image":
+        size = image_size(item.path)
+        return ItemPlan(
+            item,
+            _bucket(item, entry, size),
+            size=size,
+            fps=None,
+            duration=None,
+            frames=1,
+            windows=(ClipWindow(0, 1),),
+            too_short=(),
+            resampled=False,
+            has_audio=False,
+        )
+    if item.kind == "audio":
+        info = probe_audio(item.path)
+        if isinstance(info, NoAudio):
+            raise MediaError(f"{item.path}: {info.reason}; remove it from the directory")
+        return ItemPlan(
+            item,
+            entry.resolution,
+            size=None,
+            fps=None,
+            duration=info.duration,
+            frames=0,
+            windows=(),
+            too_short=(),
+            resampled=False,
+            has_audio=True,
+        )
+    return _plan_video(item, entry, audio_source or AudioSource())
+
+
+def _plan_video(item: SourceItem, entry: DatasetEntry, sound: AudioSource) -> ItemPlan:
+    info = probe_video(item.path)
+    rate = _nominal_rate(item.path, info.fps, entry)
+    pace = info.fps or rate.source
+    stored = info.frames or round((info.duration or 0.0) * pace)
+    frames = output_length(stored, stored / pace, rate)
+    windows = clip_windows(entry.extraction, frames)
+    lengths = {window.count for window in windows}
+    external = sound.locate(item)
+    return ItemPlan(
+        item,
+        _bucket(item, entry, info.size),
+        size=info.size,
+        fps=info.fps,
+        duration=stored / pace,
+        frames=frames,
+        windows=tuple(windows),
+        too_short=() if entry.frame_extraction == "full" else tuple(t for t in entry.target_frames if t not in lengths),
+        resampled=rate.resample,
+        has_audio=info.has_audio if external == item.path else external.is_file(),
+    )

@@ -1,0 +1,135 @@
+"""Cache files of some items to one :class:`Batch`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from musubi_tuner.common.av import AV, Modality
+from musubi_tuner.common.errors import UserError
+
+from .batch import AudioLatents, Batch, SampleKey, TextEmbeds, VideoLatents
+from .cache import Grid, read_audio, read_latents, read_text, read_virtual_grid
+from .items import CachedItem, Mode, TrainingSet
+from .sampling import BatchSpec
+
+_TEXT_OF_MODE: Mapping[Mode, tuple[Modality, ...]] = {
+    "video": ("video",),
+    "av": ("video", "audio"),
+    "audio": ("audio",),
+}
+
+
+@dataclass(frozen=True)
+class LoadedItem:
+    """The tensors of one item that its mode uses."""
+
+    key: SampleKey
+    fps: float
+    text: AV[Tensor]  # [L, D]
+    mask: Tensor | None  # [L] bool
+    video: Tensor | None = None  # [C, F, H, W]
+    audio: Tensor | None = None  # [8, T, 16]; None = no sound
+    audio_length: int = 0
+    virtual_grid: Grid | None = None
+
+
+def load_item(item: CachedItem, mode: Mode, key: SampleKey, *, legacy_text_widths: AV[int] | None = None) -> LoadedItem:
+    """Read what ``mode`` uses: an av text cache gives mode video its video part only.
+
+    Raises:
+        UserError: a file is missing, damaged or of another mode.
+    """
+    text, mask = read_text(item.text, _TEXT_OF_MODE[mode], legacy_text_widths)
+    audio, length = read_audio(item.audio) if mode != "video" and item.audio is not None else (None, 0)
+    virtual_grid = read_virtual_grid(item.latents) if mode == "audio" else None
+    if mode == "audio" and virtual_grid is None:
+        raise UserError(f"{item.latents} was not made in mode audio; cache the latents again with --ltx2_mode audio")
+    return LoadedItem(
+        key=key,
+        fps=item.fps,
+        text=text,
+        mask=mask,
+        video=read_latents(item.latents) if mode != "audio" else None,
+        audio=audio,
+        audio_length=length,
+        virtual_grid=virtual_grid,
+    )
+
+
+def load_batch(training_set: TrainingSet, spec: BatchSpec) -> Batch:
+    """Load and stack the items of ``spec``."""
+    dataset = training_set.datasets[spec.dataset]
+    loaded = [
+        load_item(
+            dataset.items[position],
+            training_set.mode,
+            SampleKey(dataset.items[position].base, dataset.index, repeat),
+            legacy_text_widths=training_set.legacy_text_widths,
+        )
+        for position, repeat in spec.samples
+    ]
+    return collate(loaded, audio_steps=spec.audio_steps, loss_weights=dataset.loss_weights)
+
+
+def collate(
+    items: Sequence[LoadedItem], *, audio_steps: int | None = None, loss_weights: AV[float] | None = None
+) -> Batch:
+    """Stack items of one bucket.
+
+    Args:
+        items: at least one; equal latent grids and text lengths.
+        audio_steps: cut or zero-pad every sound to this many latent steps; ``None`` pads to the longest.
+        loss_weights: the dataset's overrides.
+    """
+    videos = [item.video for item in items if item.video is not None]
+    return Batch(
+        video=VideoLatents(
+            latents=torch.stack(videos),  # [B, C, F, H, W]
+            fps=torch.tensor([item.fps for item in items], dtype=torch.float32),
+        )
+        if videos
+        else None,
+        audio=_stack_audio(items, audio_steps),
+        text=TextEmbeds(
+            video=_stack_text(items, "video"),
+            audio=_stack_text(items, "audio"),
+            mask=_stack_masks(items),
+        ),
+        keys=tuple(item.key for item in items),
+        loss_weights=loss_weights or AV(),
+    )
+
+
+def _stack_audio(items: Sequence[LoadedItem], steps: int | None) -> AudioLatents | None:
+    """Zero-padded sounds; an item without sound is all zeros with length 0. ``None`` if no item has any."""
+    template = next((item.audio for item in items if item.audio is not None), None)
+    if template is None:
+        return None
+    if steps is None:
+        steps = max(item.audio.shape[1] for item in items if item.audio is not None)
+    silence = template.new_zeros(template.shape[0], 0, template.shape[2])
+    sounds = [silence if item.audio is None else item.audio[:, :steps] for item in items]
+    grids = [item.virtual_grid for item in items if item.virtual_grid is not None]
+    return AudioLatents(
+        latents=torch.stack([pad(sound, (0, 0, 0, steps - sound.shape[1])) for sound in sounds]),  # [B, 8, T, 16]
+        lengths=torch.tensor([min(item.audio_length, steps) for item in items], dtype=torch.int64),
+        virtual_grid=torch.tensor(grids, dtype=torch.int64) if len(grids) == len(items) else None,
+    )
+
+
+def _stack_text(items: Sequence[LoadedItem], modality: Modality) -> Tensor | None:
+    parts = [item.text[modality] for item in items]
+    return None if any(part is None for part in parts) else torch.stack(parts)  # type: ignore[arg-type]
+
+
+def _stack_masks(items: Sequence[LoadedItem]) -> Tensor | None:
+    """[B, L], or ``None`` when every token counts (the connectors fill padding with learned registers)."""
+    if all(item.mask is None or bool(item.mask.all()) for item in items):
+        return None
+    tokens = next(part for _, part in items[0].text.items()).shape[0]
+    return torch.stack([torch.ones(tokens, dtype=torch.bool) if item.mask is None else item.mask for item in items])

@@ -1,0 +1,381 @@
+"""Which cached items a run has, found from the configuration and the headers of the cache files.
+
+Only items of the configuration count: a cache directory may hold leftovers and files of other programs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from musubi_tuner.common.av import AV
+from musubi_tuner.common.errors import ConfigErrors, UserError
+from musubi_tuner.common.tables import format_table
+
+from .buckets import SPATIAL_STRIDE, audio_bucket_step, bucket_sizes
+from .cache import (
+    AudioHeader,
+    CacheName,
+    LatentHeader,
+    TextHeader,
+    list_caches,
+    read_audio_header,
+    read_latent_header,
+    read_text_header,
+    split_clip_base,
+)
+from .fingerprint import cached_settings, short_list
+from .items import CachedDataset, CachedItem, CacheProblem, MadeBy, Mode, Repair, TrainingSet
+from .schema import DatasetConfig, DatasetEntry
+from .sources import list_items
+
+logger = logging.getLogger(__name__)
+
+IMAGE_FPS = 25.0
+
+
+def discover(
+    config: DatasetConfig,
+    mode: Mode,
+    *,
+    validation: bool = False,
+    legacy_text_widths: AV[int] | None = None,
+) -> TrainingSet:
+    """The cached items of the training (or validation) datasets, with a report in the log.
+
+    Caches that must not be used are returned as ``problems``, for
+    :func:`musubi_tuner.dataset.fingerprint.check_caches` to report together with those of other checkpoints.
+
+    Args:
+        config: the dataset configuration; sources need not exist.
+        mode: of the run, as :func:`musubi_tuner.dataset.schema.check_mode` gives it.
+        validation: use the validation datasets.
+        legacy_text_widths: widths of the video and audio embeddings, to split caches that hold ``text_*`` alone.
+
+    Raises:
+        ConfigErrors: a dataset without any usable item, with the counts of each stage and what to do.
+    """
+    entries = config.validation if validation else config.datasets
+    finds = [_Search(entry, mode).run() for entry in entries]
+    empty = [find for find in finds if not find.items and not find.problems]
+    if empty:
+        raise ConfigErrors([_explain_empty(find) for find in empty], f"{config.path}: no cached items")
+    for line in _report(finds, mode, "validation" if validation else "training"):
+        logger.info(line)
+    for find in finds:
+        for warning in _warnings(find, mode):
+            logger.warning("%s: %s", find.entry.label, warning)
+    return TrainingSet(
+        mode,
+        tuple(_dataset(index, find) for index, find in enumerate(finds)),
+        legacy_text_widths,
+        tuple(problem for find in finds for problem in find.problems),
+    )
+
+
+# --- one dataset --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Find:
+    """What was found of one dataset, stage by stage; names are base names."""
+
+    entry: DatasetEntry
+    sources: int | None = None  # None: the sources are not there, every cache counts
+    items: list[CachedItem] = field(default_factory=list)
+    problems: list[CacheProblem] = field(default_factory=list)
+    latents: int = 0
+    texts: int = 0
+    strangers: list[str] = field(default_factory=list)  # no item of the dataset has this name
+    leftovers: list[str] = field(default_factory=list)  # from other settings, beside a current cache
+    uncached: list[str] = field(default_factory=list)  # sources without latents
+    textless: list[str] = field(default_factory=list)
+    soundless: list[str] = field(default_factory=list)
+    uncaptioned: int = 0
+
+
+class _Search:
+    """Finds the cached items of one dataset."""
+
+    def __init__(self, entry: DatasetEntry, mode: Mode) -> None:
+        self.entry = entry
+        self.mode = mode
+        self.found = _Find(entry)
+        self.names = list_caches(entry.cache_directory)
+        self.captions = self._captions()
+        self._texts: dict[Path, TextHeader | None] = {}
+
+    def run(self) -> _Find:
+        found = self.found
+        by_stem: dict[str, list[CacheName]] = defaultdict(list)
+        for name in self.names:
+            if name.kind == "text":
+                found.texts += 1
+            if name.kind != "latents":
+                continue
+            found.latents += 1
+            stem = self._stem(name)
+            if self.captions is not None and stem not in self.captions:
+                found.strangers.append(name.base)
+            else:
+                by_stem[stem].append(name)
+        for stem, names in by_stem.items():
+            self._add_source(stem, names)
+        found.uncached = [stem for stem in self.captions or () if stem not in by_stem]
+        return found
+
+    def _captions(self) -> dict[str, str] | None:
+        """Caption by stem, or ``None`` when the sources are not there."""
+        if self.entry.source is None or not self.entry.source.is_dir():
+            return None
+        listing = list_items(self.entry)
+        self.found.sources = len(listing.items) + len(listing.problems)
+        self.found.uncaptioned = len(listing.problems)
+        return {item.stem: item.caption for item in listing.items}
+
+    def _stem(self, name: CacheName) -> str:
+        clip = split_clip_base(name.base) if self.entry.kind == "video" else None
+        return clip[0] if clip else name.base
+
+    def _add_source(self, stem: str, names: list[CacheName]) -> None:
+        """All clips of one source. Outdated ones matter only if there are no others."""
+        current: list[tuple[CacheName, LatentHeader]] = []
+        outdated: list[tuple[str, str]] = []
+        for name in names:
+            header = self._header(read_latent_header, name, "latents")
+            if header is None:
+                continue
+            cause = latents_mismatch(self.entry, self.mode, name, header)
+            if cause is None:
+                current.append((name, header))
+            else:
+                outdated.append((name.base, cause))
+        if current:
+            self.found.leftovers += [base for base, _ in outdated]
+        else:
+            self.found.problems += [CacheProblem(cause, base, "latents") for base, cause in outdated]
+        for name, header in current:
+            self._add_item(stem, name, header)
+
+    def _add_item(self, stem: str, name: CacheName, latents: LatentHeader) -> None:
+        text = self._text(stem, name.base)
+        if text is None:
+            return
+        text_path, text_header = text
+        audio_path, audio = self._audio(name)
+        if audio is None and self.mode == "audio":
+            self.found.problems.append(CacheProblem("audio latents are missing", name.base, "latents"))
+            return
+        if audio is None:
+            self.found.soundless.append(name.base)
+        is_video = self.entry.kind == "video"
+        fps = float(latents.metadata.get("target_fps", self.entry.target_fps)) if is_video else IMAGE_FPS
+        self.found.items.append(
+            CachedItem(
+                base=name.base,
+                latents=self.names[name],
+                text=text_path,
+                grid=latents.grid,
+                text_tokens=text_header.tokens,
+                fps=fps,
+                audio=audio_path,
+                audio_steps=audio.steps if audio else 0,
+                text_widths=text_header.widths,
+                legacy_text_width=text_header.legacy_width,
+                made_by=_made_by(latents, audio, text_header),
+            )
+        )
+
+    def _text(self, stem: str, base: str) -> tuple[Path, TextHeader] | None:
+        """The text cache of a source; a problem is noted once for each file."""
+        name = next((n for n in (CacheName(stem, "text"), CacheName(base, "text")) if n in self.names), None)
+        if name is None:
+            self.found.textless.append(base)
+            return None
+        path = self.names[name]
+        if path not in self._texts:
+            header = self._header(read_text_header, name, "text")
+            cause = header and text_mismatch(self.mode, header, (self.captions or {}).get(stem))
+            if cause:
+                self.found.problems.append(CacheProblem(cause, name.base, "text"))
+            self._texts[path] = header
+        header = self._texts[path]
+        return (path, header) if header is not None else None
+
+    def _audio(self, name: CacheName) -> tuple[Path, AudioHeader] | tuple[None, None]:
+        if self.mode == "video":
+            return None, None
+        options = (name.sibling("audio"), CacheName(name.base, "audio"))
+        audio_name = next((n for n in options if n in self.names), None)
+        header = self._header(read_audio_header, audio_name, "latents") if audio_name else None
+        return (self.names[audio_name], header) if audio_name and header else (None, None)
+
+    def _header(self, read, name: CacheName, repair: Repair):  # type: ignore[no-untyped-def]
+        """A header, or ``None`` with the problem noted when the file is damaged."""
+        try:
+            return read(self.names[name])
+        except UserError as error:
+            self.found.problems.append(CacheProblem(f"unreadable cache: {error}", name.base, repair))
+            return None
+
+
+@lru_cache(maxsize=4096)
+def _shared(made_by: MadeBy) -> MadeBy:
+    """One object for all equal records: thousands of items have the same."""
+    return made_by
+
+
+def _made_by(latents: LatentHeader, audio: AudioHeader | None, text: TextHeader) -> MadeBy:
+    headers = [header for header in (latents, audio, text) if header is not None]
+    return _shared(
+        MadeBy(
+            video_vae=latents.metadata.get("encoder_id") or None,
+            audio_vae=(audio.metadata.get("encoder_id") or None) if audio else None,
+            text=text.metadata.get("encoder_id") or None,
+            recorded=all("cache_key" in header.metadata for header in headers),
+        )
+    )
+
+
+# --- what a header must agree with --------------------------------------------------------------------------
+
+
+def latents_mismatch(entry: DatasetEntry, mode: Mode, name: CacheName, header: LatentHeader) -> str | None:
+    """Why latents do not belong to a dataset as it is configured now; ``None`` if they do."""
+    if header.has_virtual_grid != (mode == "audio"):
+        made = "audio" if header.has_virtual_grid else "video or av"
+        return f"latents were made in mode {made}, this run is mode {mode}"
+    if mode == "audio":
+        return None
+    if entry.kind == "image":
+        if header.grid[0] != 1:
+            return f"latents have {header.grid[0]} frames in an image dataset"
+    elif cause := _clip_mismatch(entry, name, header.metadata):
+        return cause
+    return _bucket_mismatch(entry, header)
+
+
+def _clip_mismatch(entry: DatasetEntry, name: CacheName, metadata: Mapping[str, str]) -> str | None:
+    clip = split_clip_base(name.base)
+    count = int(metadata.get("frame_count", clip[2] if clip else 0))
+    if entry.frame_extraction == "full":
+        if count > entry.max_frames:
+            return f"latents have {count} frames, max_frames is {entry.max_frames}"
+    elif count and count not in entry.target_frames:
+        return f"latents have {count} frames, target_frames is {list(entry.target_frames)}"
+    fps = metadata.get("target_fps")
+    if fps is not None and float(fps) != entry.target_fps:
+        return f"latents were made with target_fps {float(fps):g}, the configuration says {entry.target_fps:g}"
+    settings = cached_settings(metadata)
+    if "source_fps" in settings and settings["source_fps"] != entry.source_fps:
+        return (
+            f"latents were made with source_fps {settings['source_fps'] or 'detected'}, "
+            f"the configuration says {entry.source_fps or 'detected'}"
+        )
+    return None
+
+
+def _bucket_mismatch(entry: DatasetEntry, header: LatentHeader) -> str | None:
+    size = (header.grid[2] * SPATIAL_STRIDE, header.grid[1] * SPATIAL_STRIDE)
+    area = entry.resolution[0] * entry.resolution[1]
+    # Other programs choose buckets, or the item's own size, without being asked to.
+    foreign = "cache_key" not in header.metadata
+    if size == entry.resolution:
+        return None
+    if (entry.bucket_no_upscale or foreign) and size[0] * size[1] <= area:
+        return None
+    if entry.enable_bucket and size in bucket_sizes(entry.resolution):
+        return None
+    width, height = entry.resolution
+    with_buckets = " with buckets" if entry.enable_bucket else ""
+    return f"latents have {size[0]}x{size[1]} pixels, resolution is {width}x{height}{with_buckets}"
+
+
+def text_mismatch(mode: Mode, header: TextHeader, caption: str | None) -> str | None:
+    """Why text embeddings do not belong to an item; ``caption`` is ``None`` where it is not known."""
+    needed = {"video": ("video",), "audio": ("audio",), "av": ("video", "audio")}[mode]
+    missing = [modality for modality in needed if header.widths[modality] is None]  # type: ignore[index]
+    made_in_video = header.metadata.get("ltx2_mode") == "video"
+    if missing and (header.legacy_width is None or header.widths or made_in_video):
+        return f"text embeddings lack the {' and '.join(missing)} part that mode {mode} needs"
+    cached = header.metadata.get("caption1")
+    if caption is not None and cached is not None and "cache_key" in header.metadata and cached != caption:
+        return "captions changed since they were encoded"
+    return None
+
+
+# --- what is said -------------------------------------------------------------------------------------------
+
+
+def _dataset(index: int, find: _Find) -> CachedDataset:
+    entry = find.entry
+    return CachedDataset(
+        index=index,
+        kind=entry.kind,
+        items=tuple(find.items),
+        batch_size=entry.batch_size,
+        num_repeats=entry.num_repeats,
+        separate_audio_buckets=entry.separate_audio_buckets,
+        audio_strategy=entry.audio_bucket_strategy,
+        audio_step=audio_bucket_step(entry.audio_bucket_interval),
+        loss_weights=AV(entry.video_loss_weight, entry.audio_loss_weight),
+    )
+
+
+def _explain_empty(find: _Find) -> str:
+    """Counts of each stage, and the first thing to do."""
+    entry = find.entry
+    sources = "not read" if find.sources is None else str(find.sources)
+    counts = (
+        f"{entry.label}: sources {sources}, latent caches {find.latents}, text caches {find.texts}, "
+        f"both 0 (in {entry.cache_directory})"
+    )
+    if find.uncaptioned and find.uncaptioned == find.sources:
+        return f"{counts}; no source has a caption file *{entry.caption_extension}"
+    if find.latents == 0:
+        return f"{counts}; run ltx2_cache_latents.py with this configuration"
+    if find.textless:
+        return f"{counts}; run ltx2_cache_text_encoder_outputs.py with this configuration"
+    return f"{counts}; the caches ({short_list(find.strangers)}) belong to other sources than {entry.source}"
+
+
+def _report(finds: list[_Find], mode: Mode, purpose: str) -> Iterable[str]:
+    rows = []
+    for find in finds:
+        sound = len(find.items) - len(find.soundless)
+        row = [find.entry.label, find.entry.kind, "-" if find.sources is None else find.sources, len(find.items)]
+        rows.append(row + ([] if mode == "video" else [sound]))
+    headers = ["dataset", "kind", "sources", "items", *([] if mode == "video" else ["with sound"])]
+    yield format_table(headers, rows, title=f"cached items for {purpose}, mode {mode}")
+    total = sum(len(find.items) for find in finds)
+    if mode == "av" and total:
+        sound = total - sum(len(find.soundless) for find in finds)
+        yield f"{sound} of {total} items have sound ({sound / total:.0%})"
+
+
+def _warnings(find: _Find, mode: Mode) -> Iterable[str]:
+    entry = find.entry
+    if find.uncached:
+        yield f"no cached latents for {short_list(find.uncached)}; left out"
+    if find.textless:
+        yield f"no cached text for {short_list(find.textless)}; left out (ltx2_cache_text_encoder_outputs.py)"
+    if find.uncaptioned:
+        yield f"{find.uncaptioned} sources without a readable caption; left out"
+    if find.strangers:
+        yield f"caches of no item of this dataset are ignored: {short_list(find.strangers)}"
+    if find.leftovers:
+        yield f"caches from other settings are ignored: {short_list(find.leftovers)}"
+    if mode == "av" and entry.kind == "video" and find.items and len(find.soundless) == len(find.items):
+        yield (
+            "no item has cached sound; if the clips have any, run ltx2_cache_latents.py with --ltx2_mode av "
+            "--skip_existing"
+        )
+    if entry.kind == "video" and entry.frame_extraction != "full":
+        counts = {clip[2] for item in find.items if (clip := split_clip_base(item.base))}
+        absent = [frames for frames in entry.target_frames if counts and frames not in counts]
+        if absent:
+            yield f"target_frames {absent}: no cached clip has this length"

@@ -1,0 +1,36 @@
+"""Which files of a directory a dataset uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["video", "image", "audio"]
+
+EXTENSIONS: dict[Kind, frozenset[str]] = {
+    "video": frozenset([".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"]),
+    "image": frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"]),
+    "audio": frozenset([".wav", ".flac", ".mp3", ".ogg", ".m4a", ".aac", ".opus", ".wma"]),
+}
+
+
+def media_kind(path: Path) -> Kind | None:
+    """The kind of a file by its extension (in any case), ``None`` for anything else."""
+    suffix = path.suffix.lower()
+    return next((kind for kind, suffixes in EXTENSIONS.items() if suffix in suffixes), None)
+
+
+def scan_directory(directory: Path, kind: Kind) -> list[Path]:
+    """The files of one kind directly in ``directory``, sorted by path; hidden files are left out."""
+    with os.scandir(directory) as entries:
+        names = [e.name for e in entries if e.is_file() and not e.name.startswith(".")]
+    paths = (directory / name for name in sorted(names))
+    return [path for path in paths if media_kind(path) == kind]
+
+
+def duplicate_stems(paths: Iterable[Path]) -> list[tuple[Path, Path]]:
+    """Pairs of files whose names differ only in extension or case, so that their caches would collide."""
+    first: dict[str, Path] = {}
+    return [(first[key], p) for p in paths if first.setdefault(key := p.stem.casefold(), p) is not p]

@@ -1,0 +1,231 @@
+"""What made a cache file, and whether it is still what would be made now.
+
+Every cache carries a ``cache_key``, a hash of all that determines its content, beside the parts that a person
+or the training script wants to compare on their own. Files of other programs have none of this; they are
+accepted where their shapes fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from musubi_tuner.common.av import AV
+from musubi_tuner.common.errors import ConfigErrors
+
+from .cache import legacy_slice
+from .items import CachedItem, CacheProblem, Repair, TrainingSet
+
+logger = logging.getLogger(__name__)
+
+NAMES_SHOWN = 3
+
+# Settings that are also metadata entries of their own.
+_PUBLIC = ("target_fps", "bucket", "start_frame")
+
+
+# --- provenance ---------------------------------------------------------------------------------------------
+
+
+def cache_key(parts: Mapping[str, object]) -> str:
+    """SHA-256 over named values, independent of their order."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def source_stamp(path: Path) -> dict[str, str]:
+    """Size and modification time of a file, or of all files in a directory of images."""
+    stats = [p.stat() for p in sorted(path.iterdir())] if path.is_dir() else [path.stat()]
+    return {
+        "source_size": str(sum(s.st_size for s in stats)),
+        "source_mtime_ns": str(max((s.st_mtime_ns for s in stats), default=0)),
+    }
+
+
+def provenance(
+    source: Path, encoder_id: str | None, settings: Mapping[str, object], *, content_in_settings: bool = False
+) -> dict[str, str]:
+    """Metadata of a cache file.
+
+    Args:
+        source: the file (or directory of images) that is encoded.
+        encoder_id: of the component that encodes it; ``None`` if the checkpoint cannot be fingerprinted.
+        settings: everything else that determines the content, JSON values.
+        content_in_settings: ``settings`` hold the content itself (a caption), so a new date of the source does
+            not matter.
+    """
+    stamp = source_stamp(source)
+    identity = {"encoder_id": encoder_id or "", **({} if content_in_settings else stamp)}
+    own = {name: str(settings[name]) for name in _PUBLIC if settings.get(name) is not None}
+    return {
+        **stamp,
+        **identity,
+        **own,
+        "source_name": source.name,
+        "settings": json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str),
+        "cache_key": cache_key({**identity, "settings": settings}),
+    }
+
+
+def stale_reason(cached: Mapping[str, str], current: Mapping[str, str]) -> str | None:
+    """Why a cache with metadata ``cached`` is not what ``current`` would make; ``None`` if it is.
+
+    A cache without a key is not judged here.
+    """
+    if "cache_key" not in cached or cached["cache_key"] == current["cache_key"]:
+        return None
+    if cached.get("encoder_id") != current.get("encoder_id"):
+        return "another checkpoint"
+    old, new = cached_settings(cached), cached_settings(current)
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return f"changed: {', '.join(changed)}" if changed else "the source file changed"
+
+
+def cached_settings(metadata: Mapping[str, str]) -> Mapping[str, object]:
+    """The settings that :func:`provenance` wrote; empty for files of other programs."""
+    return _parse_settings(metadata.get("settings", "{}"))
+
+
+@lru_cache(maxsize=1024)
+def _parse_settings(text: str) -> Mapping[str, object]:
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+# --- the training side --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncoderIds:
+    """Fingerprints of the checkpoint's encoders; ``None`` = it has none, so caches cannot be compared."""
+
+    video_vae: str | None = None
+    audio_vae: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class RepairCommands:
+    """How a user makes the caches of a run again."""
+
+    dataset_config: Path
+    ltx2_checkpoint: Path
+    mode: str
+    gemma: tuple[str, ...] = field(default_factory=tuple)  # ("--gemma_root", "/models/gemma")
+
+    def __getitem__(self, repair: Repair) -> str:
+        script = {"latents": "ltx2_cache_latents.py", "text": "ltx2_cache_text_encoder_outputs.py"}[repair]
+        parts = [
+            *("python", script, "--dataset_config", self.dataset_config),
+            *("--ltx2_checkpoint", self.ltx2_checkpoint, "--ltx2_mode", self.mode),
+            *((self.gemma or ("--gemma_root", "<folder>")) if repair == "text" else ()),
+            "--skip_existing",
+        ]
+        return " ".join(f'"{part}"' if " " in str(part) else str(part) for part in parts)
+
+
+def check_caches(
+    training_set: TrainingSet,
+    *,
+    encoders: EncoderIds,
+    commands: RepairCommands,
+    text_widths: AV[int] | None = None,
+) -> None:
+    """Refuse caches that another checkpoint, mode or configuration made.
+
+    Args:
+        training_set: from :func:`musubi_tuner.dataset.discovery.discover`.
+        encoders: fingerprints of the checkpoint that is trained.
+        commands: named in the messages.
+        text_widths: widths of the embeddings that the checkpoint's transformer reads.
+
+    Raises:
+        ConfigErrors: one line for each cause, with the number of caches, some names and the repairing command.
+    """
+    problems = [*training_set.problems]
+    for item in training_set.items():
+        problems += _encoder_problems(item, encoders, training_set.mode)
+        if text_widths is not None:
+            problems += _width_problems(item, text_widths, training_set.mode)
+    if problems:
+        raise ConfigErrors(
+            [_describe(group, commands) for group in _by_cause(problems)],
+            "the caches do not fit this run",
+        )
+    _warn_unchecked(training_set, encoders)
+
+
+def _by_cause(problems: Iterable[CacheProblem]) -> list[list[CacheProblem]]:
+    groups: dict[tuple[str, Repair], list[CacheProblem]] = defaultdict(list)
+    for problem in problems:
+        groups[problem.cause, problem.repair].append(problem)
+    return list(groups.values())
+
+
+def _describe(group: list[CacheProblem], commands: RepairCommands) -> str:
+    names = list(dict.fromkeys(problem.name for problem in group))
+    return f"{short_list(names)}: {group[0].cause}; run: {commands[group[0].repair]}"
+
+
+def short_list(names: list[str]) -> str:
+    """``a, b, c and 17 more (20 in all)``"""
+    if len(names) <= NAMES_SHOWN:
+        return ", ".join(names)
+    return f"{', '.join(names[:NAMES_SHOWN])} and {len(names) - NAMES_SHOWN} more ({len(names)} in all)"
+
+
+def _encoder_problems(item: CachedItem, encoders: EncoderIds, mode: str) -> list[CacheProblem]:
+    made = item.made_by
+    pairs: list[tuple[str, str | None, str | None, Repair]] = [
+        # Mode audio keeps a placeholder instead of video latents, which no encoder made.
+        ("video latents", made.video_vae if mode != "audio" else None, encoders.video_vae, "latents"),
+        ("audio latents", made.audio_vae if mode != "video" else None, encoders.audio_vae, "latents"),
+        ("text embeddings", made.text, encoders.text, "text"),
+    ]
+    return [
+        CacheProblem(f"{what} were made with another checkpoint", item.base, repair)
+        for what, found, expected, repair in pairs
+        if found and expected and found != expected
+    ]
+
+
+def _width_problems(item: CachedItem, expected: AV[int], mode: str) -> list[CacheProblem]:
+    problems = []
+    for modality, width in expected.items():
+        found = item.text_widths[modality]
+        if mode not in ("av", modality) or found == width:
+            continue
+        if found is None and item.legacy_text_width is not None:
+            if legacy_slice(item.legacy_text_width, modality, expected) is not None:
+                continue
+            found = item.legacy_text_width
+        cause = f"text cache has {modality} width {found or 'none'}, this checkpoint needs {width}"
+        problems.append(CacheProblem(cause, item.base, "text"))
+    return problems
+
+
+def _warn_unchecked(training_set: TrainingSet, encoders: EncoderIds) -> None:
+    foreign = [item.base for item in training_set.items() if not item.made_by.recorded]
+    if foreign:
+        logger.warning(
+            "%s: caches without a record of the checkpoint that made them; their shapes fit, so they are used",
+            short_list(foreign),
+        )
+    used = {"video": ("video_vae", "text"), "audio": ("audio_vae", "text")}.get(
+        training_set.mode, ("video_vae", "audio_vae", "text")
+    )
+    unknown = [name.replace("_", " ") for name in used if getattr(encoders, name) is None]
+    if unknown:
+        logger.warning(
+            "the checkpoint holds no %s encoder, so it is not checked which checkpoint made the caches",
+            ", ".join(unknown),
+        )

@@ -1,0 +1,85 @@
+"""The cached items of a training run: where their files are and what decides how they are batched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from musubi_tuner.common.av import AV
+
+from .cache import Grid
+
+Mode = Literal["video", "av", "audio"]
+DatasetKind = Literal["video", "image", "audio"]
+AudioStrategy = Literal["pad", "truncate"]
+Repair = Literal["latents", "text"]  # the caching script that puts it right
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """Which encoders made an item's caches, as their metadata says; ``None`` = not recorded."""
+
+    video_vae: str | None = None
+    audio_vae: str | None = None
+    text: str | None = None
+    recorded: bool = True  # False: some file carries no metadata of ours at all
+
+
+@dataclass(frozen=True)
+class CachedItem:
+    """One clip, image or sound with all the caches that the mode needs."""
+
+    base: str  # "clip_00000-049"
+    latents: Path
+    text: Path
+    grid: Grid  # latent (F, H, W)
+    text_tokens: int
+    fps: float
+    audio: Path | None = None
+    audio_steps: int = 0  # 0 = no sound
+    text_widths: AV[int] = field(default_factory=AV)  # of the separate embeddings
+    legacy_text_width: int | None = None
+    made_by: MadeBy = MadeBy()
+
+
+@dataclass(frozen=True)
+class CachedDataset:
+    """The items of one ``[[datasets]]`` entry and its batching options."""
+
+    index: int  # in the configuration
+    kind: DatasetKind
+    items: tuple[CachedItem, ...]
+    batch_size: int = 1
+    num_repeats: int = 1
+    separate_audio_buckets: bool = False
+    audio_strategy: AudioStrategy = "pad"
+    audio_step: int = 50  # latent steps between audio buckets
+    loss_weights: AV[float] = field(default_factory=AV)
+
+
+@dataclass(frozen=True)
+class CacheProblem:
+    """A cache that must not be used as it is."""
+
+    cause: str  # equal for all caches with the same cause
+    name: str
+    repair: Repair
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """All that is needed to load batches; small enough to be sent to loader processes."""
+
+    mode: Mode
+    datasets: tuple[CachedDataset, ...]
+    legacy_text_widths: AV[int] | None = None  # widths of video and audio embeddings, to split old text caches
+    problems: tuple[CacheProblem, ...] = ()  # found by discovery, reported by fingerprint.check_caches
+
+    def __len__(self) -> int:
+        return sum(len(dataset.items) for dataset in self.datasets)
+
+    def items(self) -> Iterator[CachedItem]:
+        for dataset in self.datasets:
+            yield from dataset.items

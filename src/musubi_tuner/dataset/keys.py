@@ -1,0 +1,199 @@
+"""The keys of a dataset configuration: for which kinds, of what form, with what default."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from musubi_tuner.common.errors import did_you_mean
+
+from .files import Kind
+from .frames import Extraction
+
+Parser = Callable[[Any], Any]  # raises ValueError with what was expected
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a ``[[datasets]]`` entry."""
+
+    parse: Parser
+    default: Any = None
+    kinds: tuple[Kind, ...] = KINDS
+
+
+def show(value: object) -> str:
+    """A value as a configuration file would show it."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError:  # TOML has dates
+        return str(value)
+
+
+# --- forms --------------------------------------------------------------------------------------------------
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("an integer >= 1")
+    return value
+
+
+def positive(value: object) -> float:
+    if not _is_number(value) or value <= 0:
+        raise ValueError("a number > 0")
+    return float(value)
+
+
+def weight(value: object) -> float:
+    if not _is_number(value) or value < 0:
+        raise ValueError("a number >= 0")
+    return float(value)
+
+
+def text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("a text that is not empty")
+    return value
+
+
+def extension(value: object) -> str:
+    """With its leading dot."""
+    return "." + text(value).strip().lstrip(".")
+
+
+def size(value: object) -> tuple[int, int]:
+    sides = [value, value] if not isinstance(value, list) else value
+    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
+        raise ValueError("an integer >= 1 or [width, height]")
+    return sides[0], sides[1]
+
+
+def frame_counts(value: object) -> tuple[int, ...]:
+    counts = value if isinstance(value, list) else [value]
+    if not counts or any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in counts):
+        raise ValueError("a list of integers >= 1, such as [1, 25, 49]")
+    return tuple(counts)
+
+
+def one_of(*choices: str) -> Parser:
+    def parse(value: object) -> str:
+        if value not in choices:
+            near = did_you_mean(value, choices) if isinstance(value, str) else ""
+            raise ValueError(f"one of {', '.join(choices)}{near}")
+        return str(value)
+
+    return parse
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+_VIDEO: tuple[Kind, ...] = ("video",)
+_AUDIO: tuple[Kind, ...] = ("audio",)
+
+SOURCES: Mapping[str, Kind] = {f"{kind}_directory": kind for kind in KINDS}
+
+KEYS: Mapping[str, Key] = {
+    **{name: Key(text, kinds=(kind,)) for name, kind in SOURCES.items()},
+    "cache_directory": Key(text),
+    "resolution": Key(size, (960, 544)),
+    "caption_extension": Key(extension, ".txt"),
+    "batch_size": Key(count, 1),
+    "num_repeats": Key(count, 1),
+    "enable_bucket": Key(boolean, False),
+    "bucket_no_upscale": Key(boolean, False),
+    "separate_audio_buckets": Key(boolean, False),
+    "video_loss_weight": Key(weight),
+    "audio_loss_weight": Key(weight),
+    "cache_only": Key(boolean, False),
+    "target_frames": Key(frame_counts, (1,), _VIDEO),
+    "frame_extraction": Key(one_of(*get_args(Extraction)), "head", _VIDEO),
+    "frame_stride": Key(count, 1, _VIDEO),
+    "frame_sample": Key(count, 1, _VIDEO),
+    "max_frames": Key(count, 129, _VIDEO),
+    "source_fps": Key(positive, None, _VIDEO),
+    "target_fps": Key(positive, 25.0, _VIDEO),
+    "audio_bucket_strategy": Key(one_of("pad", "truncate"), "pad", _AUDIO),
+    "audio_bucket_interval": Key(positive, 2.0, _AUDIO),
+}
+
+# Command-line options of these names apply where neither the entry nor [general] has the key.
+COMMAND_LINE_DEFAULTS = frozenset(
+    {
+        "separate_audio_buckets",
+        "audio_bucket_strategy",
+        "audio_bucket_interval",
+        "video_loss_weight",
+        "audio_loss_weight",
+    }
+)
+
+NOT_YET_SUPPORTED: Mapping[str, str] = {
+    **dict.fromkeys((f"{kind}_jsonl_file" for kind in KINDS), "JSONL lists"),
+    **dict.fromkeys(
+        (
+            "reference_directory",
+            "reference_cache_directory",
+            "reference_audio_directory",
+            "reference_audio_cache_directory",
+        ),
+        "references",
+    ),
+    **dict.fromkeys(
+        (
+            "control_directory",
+            "multiple_target",
+            "no_resize_control",
+            "control_resolution",
+            "flux_kontext_no_resize_control",
+            "qwen_image_edit_no_resize_control",
+            "qwen_image_edit_control_resolution",
+        ),
+        "control images",
+    ),
+    **dict.fromkeys(("mask_directory", "audio_mask_directory"), "conditioning masks"),
+}
+
+IGNORED: Mapping[str, str] = dict.fromkeys(
+    ("fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"),
+    "belongs to another model (FramePack) and has no effect",
+)
+
+COMMAND_LINE_ONLY = frozenset(
+    """
+    audio_only_sequence_resolution audio_only_target_fps audio_only_target_resolution caption_field
+    audio_video_latent_channels dataset_config debug_dataset debug_mode device gemma_root keep_cache
+    gradient_accumulation_steps learning_rate ltx2_audio_dir ltx2_audio_dtype ltx2_audio_ext ltx2_mode
+    ltx2_audio_source ltx2_checkpoint ltx_version max_train_epochs max_train_steps mixed_precision seed
+    network_alpha network_dim num_timestep_buckets num_workers output_dir output_name reference_downscale
+    reference_frames skip_existing strict_captions vae vae_dtype
+    """.split()  # noqa: SIM905
+)
+
+
+def unknown_key(name: str, kind: Kind | None) -> str:
+    """Why ``name`` cannot stand in an entry of ``kind`` (None: in ``[general]``), and what may be meant."""
+    if name in KEYS:
+        kinds = " and ".join(KEYS[name].kinds)
+        return f"belongs to {kinds} datasets, this is {'an' if kind != 'video' else 'a'} {kind} dataset"
+    if name in NOT_YET_SUPPORTED:
+        return f"{NOT_YET_SUPPORTED[name]} are not supported yet; remove the key"
+    if name in COMMAND_LINE_ONLY:
+        return f"is a command-line option; give it as --{name}"
+    known = [key for key, rule in KEYS.items() if kind is None or kind in rule.kinds]
+    return f"unknown key{did_you_mean(name, known) or did_you_mean(name, KEYS)}"

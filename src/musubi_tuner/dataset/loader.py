@@ -1,0 +1,111 @@
+"""Batches of an epoch, read ahead by worker processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from musubi_tuner.common.errors import UserError
+
+from .batch import Batch
+from .collate import load_batch
+from .items import TrainingSet
+from .sampling import BatchPlan, BatchSpec
+
+
+class BatchLoader:
+    """Loads the batches of a plan.
+
+    Order and content do not depend on the number of workers. One epoch is read at a time.
+
+    Args:
+        plan: what is in which batch.
+        workers: processes that read ahead, at most the CPU count; 0 reads in this process.
+        prefetch: batches that each worker keeps ready.
+        persistent: keep the workers between epochs.
+    """
+
+    def __init__(self, plan: BatchPlan, *, workers: int = 0, prefetch: int = 2, persistent: bool = False) -> None:
+        self.plan = plan
+        self._order = _Order()
+        workers = min(workers, os.cpu_count() or 1, len(plan))
+        # The specs travel as "indices", so workers stay the same whatever the epoch. The private generator
+        # keeps the DataLoader from drawing its worker seeds from global random state.
+        self._loader: DataLoader[Batch | _Failure] = DataLoader(
+            _Batches(plan.training_set),
+            batch_size=None,
+            sampler=self._order,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=persistent and workers > 0,
+            collate_fn=_identity,
+            generator=torch.Generator(),
+        )
+
+    def batches_per_epoch(self, world_size: int = 1) -> int:
+        """Batches that each process gets in one epoch.
+
+        The processes must step together, so up to ``world_size - 1`` batches of an epoch are left out; the
+        shuffle makes it others in each epoch.
+
+        Raises:
+            UserError: fewer batches than processes.
+        """
+        count = len(self.plan) // world_size
+        if count == 0:
+            raise UserError(
+                f"the datasets give {len(self.plan)} batches an epoch, fewer than the {world_size} processes; "
+                "raise num_repeats, lower batch_size or use fewer processes"
+            )
+        return count
+
+    def epoch(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """The batches of ``epoch`` for one process, from its batch ``start`` on; skipped ones are not read.
+
+        Over all ranks every batch comes at most once.
+
+        Raises:
+            UserError: a cache file is missing or damaged.
+        """
+        count = self.batches_per_epoch(world_size)
+        self._order.specs = self.plan.for_epoch(epoch)[rank : count * world_size : world_size][start:]
+        for result in self._loader:
+            if isinstance(result, _Failure):
+                raise UserError(result.message)
+            yield result
+
+
+class _Failure:
+    """An error that crosses the process border without a traceback in its message."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+class _Batches(Dataset):
+    def __init__(self, training_set: TrainingSet) -> None:
+        self.training_set = training_set
+
+    def __getitem__(self, spec: BatchSpec) -> Batch | _Failure:
+        try:
+            return load_batch(self.training_set, spec)
+        except (UserError, OSError) as error:
+            return _Failure(str(error))
+
+
+class _Order(Sampler[BatchSpec]):
+    def __init__(self) -> None:
+        self.specs: Sequence[BatchSpec] = ()
+
+    def __iter__(self) -> Iterator[BatchSpec]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def _identity(value: Batch | _Failure) -> Batch | _Failure:
+    return value

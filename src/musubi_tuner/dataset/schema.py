@@ -1,0 +1,395 @@
+"""Dataset configuration files: TOML (or the same structure as JSON) to frozen values.
+
+All problems of a file are collected and reported together.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from musubi_tuner.common.errors import ConfigErrors, UserError, did_you_mean
+
+from .buckets import SPATIAL_STRIDE, Size, choose_bucket, floor_frames, floor_to
+from .files import Kind, duplicate_stems, media_kind, scan_directory
+from .frames import Extraction, ExtractionRule
+from .keys import COMMAND_LINE_DEFAULTS, IGNORED, KEYS, SOURCES, show, unknown_key
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["video", "av", "audio"]
+
+_SMALLEST_SIDE = SPATIAL_STRIDE
+_SMALLEST_BUCKETED = 2 * SPATIAL_STRIDE  # side of the equal-area square; below it buckets of width 0 appear
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """One ``[[datasets]]`` or ``[[validation_datasets]]`` entry with every value resolved."""
+
+    label: str  # its place in the file, "datasets[1]"
+    kind: Kind
+    source: Path | None  # directory of the media; None with cache_only
+    cache_directory: Path
+    resolution: Size = (960, 544)
+    caption_extension: str = ".txt"
+    batch_size: int = 1
+    num_repeats: int = 1
+    enable_bucket: bool = False
+    bucket_no_upscale: bool = False
+    separate_audio_buckets: bool = False
+    video_loss_weight: float | None = None
+    audio_loss_weight: float | None = None
+    cache_only: bool = False
+    # video
+    target_frames: tuple[int, ...] = (1,)
+    frame_extraction: Extraction = "head"
+    frame_stride: int = 1
+    frame_sample: int = 1
+    max_frames: int = 129
+    source_fps: float | None = None  # None: detected for each file
+    target_fps: float = 25.0
+    # audio
+    audio_bucket_strategy: Literal["pad", "truncate"] = "pad"
+    audio_bucket_interval: float = 2.0  # seconds
+
+    def bucket(self, size: Size) -> Size | None:
+        """The bucket of an item of ``size`` (width, height); None: too small for one without enlarging."""
+        return choose_bucket(size, self.resolution, enable_bucket=self.enable_bucket, no_upscale=self.bucket_no_upscale)
+
+    @property
+    def extraction(self) -> ExtractionRule:
+        return ExtractionRule(
+            self.frame_extraction, self.target_frames, self.frame_stride, self.frame_sample, self.max_frames
+        )
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """A whole configuration file."""
+
+    datasets: tuple[DatasetEntry, ...]
+    validation: tuple[DatasetEntry, ...]
+    path: Path
+
+    def entries(self) -> Iterator[DatasetEntry]:
+        """Training entries, then validation entries."""
+        yield from self.datasets
+        yield from self.validation
+
+
+@dataclass
+class _Report:
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+# --- loading ------------------------------------------------------------------------------------------------
+
+
+def load_dataset_config(
+    path: str | os.PathLike[str],
+    *,
+    command_line: Mapping[str, object] | None = None,
+    need_sources: bool = True,
+) -> DatasetConfig:
+    """Read and check a dataset configuration.
+
+    A value is looked up in the entry, then in ``[general]``, then (for a few names) on the command line, then
+    in the defaults. Relative directories lie beside the configuration file or else in the working directory.
+
+    Args:
+        command_line: options by name; None values do not count.
+        need_sources: whether the media must be there; training reads caches only.
+
+    Raises:
+        UserError: the file is missing or cannot be parsed.
+        ConfigErrors: everything that is wrong in it.
+    """
+    file = Path(path)
+    raw = _parse_file(file)
+    report = _Report()
+    fallback = {
+        name: value
+        for name, value in (command_line or {}).items()
+        if name in COMMAND_LINE_DEFAULTS and value is not None
+    }
+    general = _general(raw, report)
+    sections = {
+        section: tuple(
+            entry
+            for index, table in enumerate(_tables(raw, section, report))
+            if (entry := _entry(f"{section}[{index}]", table, fallback, general, file, report))
+        )
+        for section in ("datasets", "validation_datasets")
+    }
+    config = DatasetConfig(sections["datasets"], sections["validation_datasets"], file)
+    _check_cache_directories(config, report)
+    if need_sources:
+        for entry in config.entries():
+            report.problems += [f"{entry.label}.{problem}" for problem in _source_problems(entry)]
+    if report.problems:
+        raise ConfigErrors(report.problems, f"{file}: invalid dataset configuration")
+    for warning in report.warnings:
+        logger.warning("%s: %s", file.name, warning)
+    return config
+
+
+def check_mode(config: DatasetConfig, mode: Mode) -> Mode:
+    """The mode a run over ``config`` has: audio datasets alone always make it "audio".
+
+    Raises:
+        ConfigErrors: datasets that the mode cannot use.
+    """
+    entries = list(config.entries())
+    if mode != "audio" and all(entry.kind == "audio" for entry in entries):
+        logger.info("all datasets are audio datasets: using --ltx2_mode audio")
+        return "audio"
+    wrong = [entry for entry in entries if (entry.kind == "audio") != (mode == "audio")]
+    if wrong:
+        remedy = (
+            "give audio_directory, or use --ltx2_mode video or av"
+            if mode == "audio"
+            else "move audio datasets to a configuration of their own (--ltx2_mode audio)"
+        )
+        raise ConfigErrors(
+            [f"{e.label}: {_article(e.kind)} dataset cannot be used with --ltx2_mode {mode}; {remedy}" for e in wrong],
+            f"{config.path}: datasets do not fit the mode",
+        )
+    return mode
+
+
+def _article(kind: Kind) -> str:
+    return f"a {kind}" if kind == "video" else f"an {kind}"
+
+
+def _parse_file(file: Path) -> dict[str, Any]:
+    suffix = file.suffix.lower()
+    if suffix not in (".toml", ".json"):
+        raise UserError(f"{file}: a dataset configuration is a .toml or .json file")
+    try:
+        content = file.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{file}: the dataset configuration does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    try:
+        raw = tomllib.loads(content) if suffix == ".toml" else json.loads(content)
+    except ValueError as error:  # names line and column
+        hint = "; write Windows paths with / or in 'single quotes'" if "\\" in content else ""
+        raise UserError(f"{file}: {error}{hint}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: expected an object with the list 'datasets'")
+    return raw
+
+
+def _general(raw: Mapping[str, Any], report: _Report) -> dict[str, Any]:
+    """Parsed values of ``[general]``."""
+    sections = ("general", "datasets", "validation_datasets")
+    for name in raw:
+        if name not in sections:
+            near = did_you_mean(name, sections)
+            hint = near or (" (it belongs under [general] or [[datasets]])" if name in KEYS else "")
+            report.problems.append(f"{name}: unknown section{hint}; known: {', '.join(sections)}")
+    table = raw.get("general", {})
+    if not isinstance(table, dict):
+        report.problems.append(f"general: expected a table [general], got {show(table)}")
+        return {}
+    values = {}
+    for name, value in table.items():
+        if name in SOURCES:
+            report.problems.append(f"general.{name}: belongs in a [[datasets]] entry")
+        elif name in KEYS:
+            values[name] = _parse("general", name, value, report)
+        else:
+            _reject("general", name, None, report)
+    return values
+
+
+def _tables(raw: Mapping[str, Any], section: str, report: _Report) -> list[dict[str, Any]]:
+    tables = raw.get(section, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        report.problems.append(f"{section}: expected one [[{section}]] table (double brackets) for each dataset")
+        return []
+    if section == "datasets" and not tables:
+        report.problems.append("datasets: expected at least one [[datasets]] entry")
+    return tables
+
+
+def _parse(label: str, name: str, value: object, report: _Report) -> Any:
+    """The parsed value; on a problem it is noted and the default returned."""
+    try:
+        return KEYS[name].parse(value)
+    except ValueError as expected:
+        report.problems.append(f"{label}.{name}: expected {expected}, got {show(value)}")
+        return KEYS[name].default
+
+
+def _reject(label: str, name: str, kind: Kind | None, report: _Report) -> None:
+    if name in IGNORED:
+        report.warnings.append(f"{label}.{name}: {IGNORED[name]}")
+    else:
+        report.problems.append(f"{label}.{name}: {unknown_key(name, kind)}")
+
+
+# --- one entry ----------------------------------------------------------------------------------------------
+
+
+def _entry(
+    label: str,
+    table: Mapping[str, Any],
+    fallback: Mapping[str, Any],
+    general: Mapping[str, Any],
+    file: Path,
+    report: _Report,
+) -> DatasetEntry | None:
+    kind = _kind(table)
+    values = {name: key.default for name, key in KEYS.items() if kind in key.kinds}
+    values.update({name: value for layer in (fallback, general) for name, value in layer.items() if name in values})
+    for name, value in table.items():
+        if name in values:
+            values[name] = _parse(label, name, value, report)
+        else:
+            _reject(label, name, kind, report)
+
+    given = [name for name in SOURCES if name in table]
+    # Another key that names a source is already reported as not supported yet.
+    other_source = any(name.endswith("_jsonl_file") for name in table)
+    if len(given) > 1 or not (given or other_source or values["cache_only"]):
+        found = ", ".join(given) or "none"
+        report.problems.append(f"{label}: expected exactly one of {', '.join(SOURCES)}, found {found}")
+    source_value = values.pop(f"{kind}_directory")
+    for other in SOURCES:
+        values.pop(other, None)
+    cache_value = values.pop("cache_directory")
+    if source_value is None and cache_value is None:
+        if values["cache_only"]:
+            report.problems.append(f"{label}.cache_directory: needed with cache_only")
+        return None
+
+    source = _resolve(source_value, file.parent) if source_value else None
+    cache = _resolve_cache(cache_value, file.parent, source_value, source)
+    _check_resolution(label, kind, values, report)
+    if kind == "video":
+        _settle_extraction(label, values, report)
+    values["bucket_no_upscale"] = values["bucket_no_upscale"] and values["enable_bucket"]
+    return DatasetEntry(
+        label=label,
+        kind=kind,
+        source=None if values["cache_only"] else source,
+        cache_directory=cache,
+        **values,
+    )
+
+
+def _kind(table: Mapping[str, Any]) -> Kind:
+    kinds: tuple[Kind, ...] = ("audio", "image")
+    return next((k for k in kinds if any(name in table for name in (f"{k}_directory", f"{k}_jsonl_file"))), "video")
+
+
+def _resolve(value: str, folder: Path) -> Path:
+    path = Path(value).expanduser()
+    beside = folder / path
+    return beside.resolve() if path.is_absolute() or beside.exists() else path.resolve()
+
+
+def _resolve_cache(value: str | None, folder: Path, source_value: str | None, source: Path | None) -> Path:
+    """As every directory; one that does not exist yet goes where the source was found."""
+    if value is None:
+        assert source is not None
+        return source
+    path = _resolve(value, folder)
+    relative = source_value is not None and not Path(source_value).expanduser().is_absolute()
+    if relative and not path.exists() and (folder / source_value).exists():
+        return (folder / Path(value).expanduser()).resolve()
+    return path
+
+
+def _check_resolution(label: str, kind: Kind, values: Mapping[str, Any], report: _Report) -> None:
+    if kind == "audio":  # only names its cache files
+        return
+    width, height = values["resolution"]
+    found = f"got {show([width, height])}"
+    if min(width, height) < _SMALLEST_SIDE:
+        report.problems.append(f"{label}.resolution: expected at least {_SMALLEST_SIDE} per side, {found}")
+    elif values["enable_bucket"]:
+        if math.isqrt(width * height) < _SMALLEST_BUCKETED:
+            limit = f"{_SMALLEST_BUCKETED}x{_SMALLEST_BUCKETED}"
+            report.problems.append(
+                f"{label}.resolution: expected an area of at least {limit} with enable_bucket, {found}"
+            )
+    elif width % SPATIAL_STRIDE or height % SPATIAL_STRIDE:
+        near = [max(floor_to(side + SPATIAL_STRIDE // 2, SPATIAL_STRIDE), SPATIAL_STRIDE) for side in (width, height)]
+        report.problems.append(
+            f"{label}.resolution: expected multiples of {SPATIAL_STRIDE} without enable_bucket, {found}; "
+            f"nearest: {show(near)}"
+        )
+
+
+def _settle_extraction(label: str, values: dict[str, Any], report: _Report) -> None:
+    """Clip lengths that the VAE can encode, and modes that make sense with them."""
+    wanted = values["target_frames"]
+    usable = tuple(sorted({floor_frames(frames) for frames in wanted}))
+    changed = {frames: floor_frames(frames) for frames in wanted if floor_frames(frames) != frames}
+    if changed and values["frame_extraction"] != "full":
+        pairs = ", ".join(f"{old} -> {new}" for old, new in changed.items())
+        report.warnings.append(f"{label}.target_frames: lengths must be 8k + 1, rounded down: {pairs}")
+    values["target_frames"] = usable
+    if values["frame_extraction"] == "chunk" and 1 in usable:
+        message = f"{label}.target_frames: with frame_extraction chunk, 1 makes an item of every single frame"
+        if len(usable) > 1:
+            report.problems.append(f"{message}; remove it")
+        else:
+            report.warnings.append(message)
+    if values["frame_extraction"] == "uniform" and values["frame_sample"] == 1:
+        report.warnings.append(f"{label}.frame_sample: uniform extraction of 1 clip is the same as head")
+        values["frame_extraction"] = "head"
+
+
+# --- across entries -----------------------------------------------------------------------------------------
+
+
+def _check_cache_directories(config: DatasetConfig, report: _Report) -> None:
+    first: dict[str, str] = {}
+    for entry in config.entries():
+        key = os.path.normcase(entry.cache_directory)
+        other = first.setdefault(key, entry.label)
+        if entry.cache_directory.is_file():
+            report.problems.append(f"{entry.label}.cache_directory: {entry.cache_directory} is a file")
+        if other != entry.label:
+            report.problems.append(
+                f"{entry.label}.cache_directory: is also that of {other} ({entry.cache_directory}); "
+                "give each dataset its own"
+            )
+
+
+def _source_problems(entry: DatasetEntry) -> Iterator[str]:
+    if entry.source is None:
+        return
+    name = f"{entry.kind}_directory"
+    if not entry.source.is_dir():
+        what = "is not a directory" if entry.source.exists() else "does not exist"
+        yield f"{name}: {entry.source} {what}"
+        return
+    files = scan_directory(entry.source, entry.kind)
+    if not files:
+        present = {media_kind(path) for path in entry.source.iterdir() if path.is_file()}
+        others = [f"{kind} files: use {kind}_directory" for kind in ("video", "image", "audio") if kind in present]
+        hint = f" (it holds {'; '.join(others)})" if others else ""
+        yield f"{name}: {entry.source} holds no {entry.kind} file{hint}"
+    for first, second in duplicate_stems(files):
+        yield f"{name}: {first.name} and {second.name} would share a cache file; rename one"

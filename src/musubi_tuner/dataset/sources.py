@@ -1,0 +1,97 @@
+"""The items of a dataset: media files with their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from musubi_tuner.common.errors import ConfigErrors, UserError
+
+from .files import Kind, duplicate_stems, scan_directory
+from .schema import DatasetEntry
+
+
+@dataclass(frozen=True)
+class SourceItem:
+    """One media file and what is said about it."""
+
+    path: Path
+    stem: str  # file name without its last extension; names the caches
+    caption: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why one file is left out."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ItemListing:
+    """What a dataset holds and what had to be left out."""
+
+    items: tuple[SourceItem, ...]
+    problems: tuple[Problem, ...]
+
+
+def list_items(entry: DatasetEntry) -> ItemListing:
+    """Items of a dataset, sorted by path. An item without a readable caption becomes a problem.
+
+    A dataset that is read from its caches only has none.
+
+    Raises:
+        ConfigErrors: files whose caches would collide.
+        UserError: the directory cannot be read.
+    """
+    if entry.source is None:
+        return ItemListing((), ())
+    try:
+        paths = scan_directory(entry.source, entry.kind)
+    except OSError as error:
+        raise UserError(f"{entry.label}: {entry.source} cannot be read ({error.strerror})") from None
+    if clashes := duplicate_stems(paths):
+        raise ConfigErrors(
+            [f"{first} and {second} would share a cache file; rename one" for first, second in clashes],
+            f"{entry.label}: equal names",
+        )
+    items: list[SourceItem] = []
+    problems: list[Problem] = []
+    for path in paths:
+        caption = read_caption(path, entry.caption_extension)
+        if isinstance(caption, Problem):
+            problems.append(caption)
+        else:
+            items.append(SourceItem(path, path.stem, caption, entry.kind))
+    return ItemListing(tuple(items), tuple(problems))
+
+
+def caption_path(media: Path, extension: str) -> Path:
+    """``<stem><extension>`` beside the media file."""
+    return media.with_name(media.stem + extension)
+
+
+def read_caption(media: Path, extension: str) -> str | Problem:
+    """The caption of a media file, stripped; it may be empty."""
+    path = caption_path(media, extension)
+    try:
+        return path.read_bytes().decode("utf-8-sig").strip()
+    except FileNotFoundError:
+        return Problem(media, f"no caption file {path.name}")
+    except UnicodeDecodeError as error:
+        return Problem(media, f"caption file {path.name} is not UTF-8 (byte {error.start}); save it as UTF-8")
+    except OSError as error:
+        return Problem(media, f"caption file {path.name} cannot be read ({error.strerror})")
+
+
+def summarize_problems(problems: Sequence[Problem], limit: int = 5) -> str:
+    """One line: the number of files left out and the first few with their reasons."""
+    shown = "; ".join(f"{p.path.name}: {p.reason}" for p in problems[:limit])
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return f"{len(problems)} left out: {shown}{more}"

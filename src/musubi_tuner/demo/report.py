@@ -1,0 +1,209 @@
+"""The demo's report: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from musubi_tuner.common.atomic import write_text
+
+_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".wav": "audio/wav"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo."""
+
+    title: str
+    command: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something the demo proved, or failed to."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A rendered file and what to say below it."""
+
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (step, value) of one line."""
+
+    name: str
+    points: Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Report:
+    title: str
+    summary: str
+    checks: Sequence[Check]
+    curves: Mapping[str, Sequence[Curve]]  # chart title -> lines
+    samples: Mapping[str, Sequence[Sample]]  # heading -> files
+    settings: Mapping[str, object]
+    steps: Sequence[Step]
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the page; videos and sounds are embedded."""
+    sections = [
+        _section("Checks", _checks(report.checks)),
+        _section("Loss", "".join(_chart(title, curves) for title, curves in report.curves.items())),
+        *(_section(heading, _gallery(samples)) for heading, samples in report.samples.items() if samples),
+        _section("Commands", _commands(report.steps)),
+        _section("Settings", _settings(report.settings)),
+    ]
+    write_text(
+        path,
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(report.title)}</title><style>{_STYLE}</style></head><body><main>"
+        f"<h1>{html.escape(report.title)}</h1><p class='lead'>{html.escape(report.summary)}</p>"
+        + "".join(sections)
+        + "<footer>Clips: Big Buck Bunny, (c) Blender Foundation, bigbuckbunny.org, CC BY 3.0.</footer>"
+        "</main></body></html>\n",
+    )
+
+
+def _section(heading: str, body: str) -> str:
+    return f"<section><h2>{html.escape(heading)}</h2>{body}</section>"
+
+
+def _checks(checks: Sequence[Check]) -> str:
+    rows = "".join(
+        f"<li class='{'ok' if c.passed else 'bad'}'><b>{'pass' if c.passed else 'FAIL'}</b>"
+        f"<span>{html.escape(c.name)}<small>{html.escape(c.detail)}</small></span></li>"
+        for c in checks
+    )
+    return f"<ul class='checks'>{rows}</ul>"
+
+
+def _gallery(samples: Sequence[Sample]) -> str:
+    return f"<div class='gallery'>{''.join(_figure(s) for s in samples)}</div>"
+
+
+def _figure(sample: Sample) -> str:
+    kind = _TYPES[sample.path.suffix]
+    data = f"data:{kind};base64,{base64.b64encode(sample.path.read_bytes()).decode('ascii')}"
+    if kind.startswith("video"):
+        media = f"<video controls loop muted playsinline autoplay src='{data}'></video>"
+    elif kind.startswith("audio"):
+        media = f"<audio controls src='{data}'></audio>"
+    else:
+        media = f"<img alt='' src='{data}'>"
+    return f"<figure>{media}<figcaption>{html.escape(sample.caption)}</figcaption></figure>"
+
+
+def _commands(steps: Sequence[Step]) -> str:
+    return "".join(
+        f"<h3>{html.escape(s.title)} <small>{s.seconds:.1f} s</small></h3><pre>{html.escape(s.command)}</pre>"
+        for s in steps
+    )
+
+
+def _settings(settings: Mapping[str, object]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+# --- charts ---
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 240, 52, 28, 12
+_COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
+
+
+def _chart(title: str, curves: Sequence[Curve]) -> str:
+    """An SVG line chart with axes."""
+    curves = [c for c in curves if c.points]
+    if not curves:
+        return ""
+    steps = [s for c in curves for s, _ in c.points]
+    values = [v for c in curves for _, v in c.points]
+    x_range, ticks = (min(steps), max(max(steps), min(steps) + 1)), _ticks(min(values), max(values))
+    y_range = (ticks[0], ticks[-1])
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = _LEFT + (step - x_range[0]) / (x_range[1] - x_range[0]) * (_WIDTH - _LEFT - 12)
+        y = _HEIGHT - _BOTTOM - (value - y_range[0]) / (y_range[1] - y_range[0]) * (_HEIGHT - _BOTTOM - _TOP)
+        return x, y
+
+    grid = "".join(
+        f"<line x1='{_LEFT}' x2='{_WIDTH - 12}' y1='{place(x_range[0], t)[1]:.1f}' y2='{place(x_range[0], t)[1]:.1f}'/>"
+        f"<text x='{_LEFT - 6}' y='{place(x_range[0], t)[1] + 4:.1f}' text-anchor='end'>{t:g}</text>"
+        for t in ticks
+    )
+    middle = (x_range[0] + x_range[1]) // 2
+    grid += "".join(
+        f"<text x='{place(s, y_range[0])[0]:.1f}' y='{_HEIGHT - 8}' text-anchor='middle'>{s}</text>"
+        for s in (x_range[0], middle, x_range[1])
+    )
+    lines = "".join(
+        f"<polyline stroke='{_COLOURS[i % len(_COLOURS)]}' points='"
+        + " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(s, v) for s, v in c.points))
+        + "'/>"
+        for i, c in enumerate(curves)
+    )
+    legend = "".join(
+        f"<span><i style='background:{_COLOURS[i % len(_COLOURS)]}'></i>{html.escape(c.name)}</span>"
+        for i, c in enumerate(curves)
+    )
+    return (
+        f"<figure class='chart'><figcaption>{html.escape(title)} <em>{legend}</em></figcaption>"
+        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'>{grid}{lines}</svg></figure>"
+    )
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers around a range."""
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    raw = (high - low) / 4
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw)
+    first = math.floor(low / step)
+    last = math.ceil(high / step)
+    return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+_STYLE = """
+:root{color-scheme:light dark;--fg:#1f2937;--dim:#6b7280;--bg:#f8fafc;--card:#fff;--line:#e5e7eb}
+@media(prefers-color-scheme:dark){:root{--fg:#e5e7eb;--dim:#9ca3af;--bg:#0f172a;--card:#1e293b;--line:#334155}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:32px 20px}
+h1{margin:0 0 4px;font-size:28px}h2{font-size:19px;margin:0 0 12px}h3{font-size:15px;margin:14px 0 4px}
+.lead,small,footer,figcaption{color:var(--dim)}
+section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px;margin:18px 0}
+.checks{list-style:none;margin:0;padding:0}
+.checks li{display:flex;gap:12px;align-items:baseline;padding:4px 0}
+.checks b{font-size:12px;padding:1px 8px;border-radius:99px;color:#fff;background:#059669}
+.checks .bad b{background:#dc2626}.checks small{display:block}
+.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:16px}
+figure{margin:0}video,img{width:100%;border-radius:8px;background:#000}audio{width:100%}
+figcaption{font-size:14px}
+.chart{margin-bottom:14px}.chart em{font-style:normal;float:right}
+.chart i{display:inline-block;width:10px;height:10px;border-radius:3px;margin:0 5px 0 14px}
+svg{width:100%;height:auto}svg line{stroke:var(--line)}
+svg text{fill:var(--dim);font-size:11px}svg polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
+pre{background:var(--bg);border:1px solid var(--line);border-radius:8px;padding:10px;overflow-x:auto;font-size:13px;white-space:pre-wrap;margin:4px 0}
+table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:4px 10px 4px 0;border-bottom:1px solid var(--line);vertical-align:top}
+th{font-weight:500;color:var(--dim);white-space:nowrap;width:1%}
+footer{font-size:13px;margin-top:24px}
+"""

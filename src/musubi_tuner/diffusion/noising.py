@@ -1,0 +1,142 @@
+"""A batch of clean latents to tokens between clean and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor
+
+from musubi_tuner.common.av import AV
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.seeding import generator
+from musubi_tuner.dataset.batch import AudioLatents, Batch, SampleKey, VideoLatents
+
+from .timesteps import NoiseLevelSampler
+from .tokens import NoisedTokens, audio_coords, patchify_audio, patchify_video, video_coords
+
+
+def sample_generators(seed: int, purpose: str, epoch: int, keys: Sequence[SampleKey]) -> list[Generator]:
+    """One private generator for each sample.
+
+    A sample's draws for one purpose depend on the run's seed, the epoch and the sample alone: not on the batch
+    it is in, the process that handles it, or what else was drawn.
+    """
+    return [generator(seed, purpose, epoch, key.dataset, key.name, key.repeat) for key in keys]
+
+
+def noise_batch(
+    batch: Batch,
+    *,
+    sampler: NoiseLevelSampler,
+    generators: Sequence[Generator],
+    independent_audio: bool = False,
+    sigma: AV[Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> AV[NoisedTokens]:
+    """Draw noise and one noise level a sample, all in fp32.
+
+    Audio shares the video's level unless ``independent_audio``; then it has its own from the same distribution,
+    with the shift of its own length kept within the calibrated range. Without video the shift follows the
+    batch's virtual grid, likewise clamped. Everything is drawn on the CPU, so devices agree.
+
+    Args:
+        sampler: distribution of the levels.
+        generators: one for each sample, see :func:`sample_generators`; they are advanced.
+        sigma: levels [B] to use instead of drawn ones (validation). Noise is the same either way.
+        device: where the tokens go.
+
+    Returns:
+        The modalities of the batch. Audio is absent when no sample has any; a sample without audio beside others
+        with audio has weight 0 and no valid token.
+
+    Raises:
+        UserError: an audio batch has no usable virtual grid.
+    """
+    audio = batch.audio if batch.audio is not None and bool((batch.audio.lengths > 0).any()) else None
+    # Both levels are always drawn, in this order, so that no flag changes the noise that follows.
+    drawn = _draw_levels(batch, audio, sampler=sampler, generators=generators)
+    levels = AV(video=drawn.video, audio=drawn.audio if batch.video is None or independent_audio else drawn.video)
+    if sigma is not None:
+        levels = levels.map_named(lambda name, level: level if sigma[name] is None else sigma[name])
+    return AV(
+        video=None if batch.video is None else _noised_video(batch.video, levels.video, generators, device),
+        audio=None if audio is None else _noised_audio(audio, levels.audio, generators, device),
+    )
+
+
+def _draw_levels(
+    batch: Batch, audio: AudioLatents | None, *, sampler: NoiseLevelSampler, generators: Sequence[Generator]
+) -> AV[Tensor]:
+    for_audio = replace(sampler, clamp_shift=True)
+    if batch.video is None:
+        if audio is None:
+            raise ValueError(f"batch {batch.keys} has neither video nor audio")
+        return AV(audio=for_audio.draw(_virtual_tokens(audio, batch.keys), generators))
+    num_tokens = batch.video.latents[0, 0].numel()
+    video = sampler.draw(num_tokens, generators)
+    lengths = [1] * batch.size if batch.audio is None else batch.audio.lengths.tolist()
+    return AV(video=video, audio=for_audio.draw(lengths, generators))
+
+
+def _virtual_tokens(audio: AudioLatents, keys: Sequence[SampleKey]) -> list[int]:
+    if audio.virtual_grid is None:
+        raise UserError(
+            f"{keys[0].name}: the latent cache has no virtual video geometry, which the timestep shift of mode audio "
+            "needs; re-run ltx2_cache_latents.py with --ltx2_mode audio"
+        )
+    counts = audio.virtual_grid.prod(dim=1).tolist()
+    for key, count, grid in zip(keys, counts, audio.virtual_grid.tolist(), strict=True):
+        if count <= 1:
+            raise UserError(
+                f"{key.name}: the virtual video geometry {grid} in the latent cache has {count} token(s), expected "
+                "more; re-run ltx2_cache_latents.py with --ltx2_mode audio, or leave out a clip this short"
+            )
+    return counts
+
+
+def _noised_video(
+    video: VideoLatents, sigma: Tensor, generators: Sequence[Generator], device: torch.device | str
+) -> NoisedTokens:
+    channels, *grid = video.latents.shape[1:]
+    frames, height, width = grid
+    num_tokens = frames * height * width
+    # [B, N, C]
+    noise = torch.stack([torch.randn(num_tokens, channels, generator=g) for g in generators])
+    clean = patchify_video(video.latents.to(device, torch.float32))
+    sigma = sigma.to(device)
+    return NoisedTokens(
+        clean=clean,
+        noise=noise.to(device),
+        t=sigma[:, None],
+        sigma=sigma,
+        coords=video_coords((frames, height, width), video.fps.to(device)),
+        weight=torch.ones(clean.shape[:2], device=device),
+        grid=(frames, height, width),
+        target=slice(0, num_tokens),
+    )
+
+
+def _noised_audio(
+    audio: AudioLatents, sigma: Tensor, generators: Sequence[Generator], device: torch.device | str
+) -> NoisedTokens:
+    clean = patchify_audio(audio.latents.to(torch.float32))
+    batch, steps, channels = clean.shape
+    noise = torch.zeros_like(clean)
+    # Only the sample's own length is drawn: what follows must not depend on how far the batch is padded.
+    for row, length, g in zip(noise, audio.lengths.tolist(), generators, strict=True):
+        row[:length] = torch.randn(length, channels, generator=g)
+    valid = torch.arange(steps) < audio.lengths[:, None]  # [B, T]
+    sigma = sigma.to(device)
+    return NoisedTokens(
+        clean=clean.to(device),
+        noise=noise.to(device),
+        t=sigma[:, None],
+        sigma=sigma,
+        coords=audio_coords(steps, batch, device),
+        weight=valid.to(device, torch.float32),
+        grid=(steps, 1, 1),
+        target=slice(0, steps),
+        valid=None if bool(valid.all()) else valid.to(device),
+    )

@@ -1,0 +1,174 @@
+"""``ltx2_generate_video.py``: from flags to files."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from musubi_tuner.assembly.transformer import assemble_transformer
+from musubi_tuner.common.dtypes import parse_dtype
+from musubi_tuner.common.errors import ConfigErrors, UserError
+from musubi_tuner.config.model import GemmaConfig, Mode
+from musubi_tuner.config.sampling import GenerateLoraConfig, GenerateVideoConfig
+from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+from musubi_tuner.models.text_encoder import load_text_encoder
+from musubi_tuner.networks.formats import load_lora
+from musubi_tuner.networks.lora_ltx2 import create_network_from_weights
+
+from .decode import Decoders
+from .prompt_cache import EncodedPrompt, encode_prompts, load_prompt_cache
+from .prompts import SamplePrompt, load_prompts, make_prompt
+from .run import Job, decode_tiling, generation_stem, render_prompts, render_settings
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def generate(config: GenerateVideoConfig) -> int:
+    """Render every prompt; 1 when one of them failed.
+
+    Raises:
+        UserError: what is wrong with the request, before a model is loaded where possible.
+    """
+    options = config.generate
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = _DTYPES[options.mixed_precision]
+    settings = render_settings(
+        config.decode,
+        mode=config.checkpoint.ltx2_mode,
+        device=device,
+        dtype=dtype,
+        write_media=options.output_type != "latent",
+        write_latents=options.output_type != "video",
+    )
+    prompts = read_prompts(config)
+    checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
+    checkpoint.require("transformer", "generating")
+    decoders = Decoders(
+        checkpoint,
+        video_vae=Checkpoint.open(options.vae) if options.vae else None,
+        dtype=parse_dtype(options.vae_dtype),
+        device=device,
+        tiling=decode_tiling(config.decode),
+    )
+    if settings.write_media:
+        decoders.require(video=settings.has_video, audio=settings.has_audio)
+
+    encoded = _encoded(config, checkpoint, prompts, device=device, dtype=dtype)
+    transformer, _ = assemble_transformer(checkpoint, streams=settings.generated, dtype=dtype, device=device)
+    apply_loras(transformer, config.lora, device)
+    results = render_prompts(
+        transformer,
+        [Job(i, p, e) for i, (p, e) in enumerate(zip(prompts, encoded, strict=True))],
+        decoders,
+        settings=settings,
+        output_dir=options.output_dir,
+        stem=lambda job: generation_stem(options.output_name, index=job.index, seed=job.prompt.seed),
+    )
+    failed = [r for r in results if r.error is not None]
+    logger.info("%d of %d samples written to %s", len(results) - len(failed), len(prompts), options.output_dir)
+    return 1 if failed else 0
+
+
+def read_prompts(config: GenerateVideoConfig) -> list[SamplePrompt]:
+    """The prompt of ``--prompt`` or those of ``--sample_prompts``, with the flags as defaults.
+
+    Raises:
+        UserError: a bad value.
+    """
+    options, guidance = config.generate, config.guidance
+    seed = options.seed
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+        logger.info("--seed not given: drew %d", seed)
+    defaults = SamplePrompt(
+        width=options.width,
+        height=options.height,
+        frame_count=options.sample_num_frames,
+        frame_rate=options.frame_rate,
+        seed=seed,
+        sample_steps=options.sample_steps,
+        guidance_scale=options.guidance_scale,
+        cfg_scale=options.cfg_scale,
+        discrete_flow_shift=options.discrete_flow_shift,
+        negative_prompt=options.negative_prompt or "",
+        **vars(guidance),
+    )
+    if options.sample_prompts is not None:
+        return load_prompts(options.sample_prompts, defaults)
+    problems: list[str] = []
+    given = {"prompt": options.prompt, "negative_prompt": options.negative_prompt or ""}
+    prompt = make_prompt(given, defaults, "--prompt", problems)
+    if problems:
+        raise ConfigErrors(problems, "invalid sample") if len(problems) > 1 else UserError(problems[0])
+    return [prompt]
+
+
+def apply_loras(transformer: LTX2Transformer, lora: GenerateLoraConfig, device: torch.device) -> None:
+    """Attach the LoRA files to the transformer, one on top of the other."""
+    multipliers: Sequence[float] = lora.lora_multiplier or (1.0,)
+    if len(multipliers) == 1:
+        multipliers = multipliers * len(lora.lora_weight)
+    for path, multiplier in zip(lora.lora_weight, multipliers, strict=True):
+        file = load_lora(path)
+        if transformer.mode == "audio":  # the sound alone: what the file says of the video has no place here
+            file = replace(file, modules={n: m for n, m in file.modules.items() if "audio_" in n})
+            if not file.modules:
+                raise UserError(f"{path}: adapts nothing of the audio stream, and only sound is generated")
+        network = create_network_from_weights(multiplier, file, transformer)
+        network.apply_to(transformer)
+        network.to(device).eval().requires_grad_(False)
+        logger.info("%s x %g: %s", path.name, multiplier, network.describe())
+
+
+def load_encoder_and_encode(
+    checkpoint: Checkpoint,
+    gemma: GemmaConfig,
+    prompts: Sequence[SamplePrompt],
+    mode: Mode,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[EncodedPrompt]:
+    """Encode prompts with the text encoder of the flags, which is gone afterwards."""
+    compute = gemma.gemma_bnb_4bit_compute_dtype
+    encoder = load_text_encoder(
+        checkpoint,
+        gemma_root=gemma.gemma_root,
+        gemma_safetensors=gemma.gemma_safetensors,
+        load_in_8bit=gemma.gemma_load_in_8bit,
+        load_in_4bit=gemma.gemma_load_in_4bit,
+        quant_type=gemma.gemma_bnb_4bit_quant_type,
+        double_quant=not gemma.gemma_bnb_4bit_disable_double_quant,
+        compute_dtype=dtype if compute == "auto" else parse_dtype(compute),
+        dtype=dtype,
+        device=device,
+    )
+    encoded = encode_prompts(encoder, prompts, mode)
+    del encoder
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return encoded
+
+
+def _encoded(
+    config: GenerateVideoConfig,
+    checkpoint: Checkpoint,
+    prompts: Sequence[SamplePrompt],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[EncodedPrompt]:
+    mode, options = config.checkpoint.ltx2_mode, config.generate
+    if options.use_precached_sample_prompts:
+        encoder_id = checkpoint.encoder_id("text")
+        return load_prompt_cache(options.sample_prompts_cache, mode, prompts, encoder_id=encoder_id)
+    return load_encoder_and_encode(checkpoint, config.gemma, prompts, mode, device=device, dtype=dtype)

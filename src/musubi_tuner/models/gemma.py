@@ -1,0 +1,270 @@
+"""The Gemma text encoder: prompts to the hidden states of every layer.
+
+Only the language model is built, from a Hugging Face folder or from one safetensors file, and streamed to its
+device shard by shard; the vision tower, the projector and the output head are not read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import SafetensorsFile
+
+from .component_loading import build_empty, fill
+
+logger = logging.getLogger(__name__)
+
+MAX_LENGTH = 1024  # tokens of a padded prompt; a multiple of the connectors' registers
+_TRIM_MULTIPLE = 64  # prompts of a batch are computed at this granularity instead of at full length
+
+# Heads of language model keys, most specific first: multimodal export, Transformers 5, text-only export.
+_LANGUAGE_MODEL_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """bitsandbytes quantisation of the text encoder."""
+
+    bits: Literal[4, 8]
+    quant_type: Literal["nf4", "fp4"] = "nf4"  # 4-bit only
+    double_quant: bool = True  # 4-bit only
+    compute_dtype: torch.dtype | None = None  # 4-bit only; None: that of the model
+
+
+class Gemma:
+    """A Gemma language model with its tokenizer.
+
+    Attributes:
+        hidden_size: width of a state (3840 for 12B).
+        num_states: layers + 1 (49 for 12B): the embedding, every layer, the last one after the final norm.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, max_length: int = MAX_LENGTH) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self.max_length = max_length
+        self.hidden_size: int = model.config.hidden_size
+        self.num_states: int = model.config.num_hidden_layers + 1
+        self._quantised = bool(getattr(model, "is_quantized", False))
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.get_input_embeddings().weight.device
+
+    def to(self, device: torch.device | str) -> Gemma:
+        """Move the weights; a quantised model stays where it is."""
+        if not self._quantised:
+            self._model.to(device)
+        return self
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, both [B, max_length] int64: beginning-of-sequence first, padded on the left."""
+        bos, pad = self._tokenizer.bos_token_id, self._tokenizer.pad_token_id
+        pad = self._tokenizer.eos_token_id if pad is None else pad
+        ids = torch.full((len(prompts), self.max_length), pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            tokens = self._tokenizer(prompt.strip(), truncation=True, max_length=self.max_length)["input_ids"]
+            if bos is not None and tokens[:1] != [bos]:  # Gemma 4's tokenizer adds none
+                tokens = [bos, *tokens][: self.max_length]
+            ids[row, self.max_length - len(tokens) :] = torch.tensor(tokens)
+            mask[row, self.max_length - len(tokens) :] = 1
+        return ids, mask
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """All hidden states [B, max_length, D, L] and the token mask [B, max_length] int64.
+
+        Only as many positions are computed as the longest prompt of the call needs; the padding before them is
+        zero. Positions are counted as in the full row, so every token gets the embedding it would have there.
+        """
+        ids, mask = self.tokenize(prompts)
+        longest = int(mask.sum(dim=1).max())
+        kept = min(self.max_length, -(-longest // _TRIM_MULTIPLE) * _TRIM_MULTIPLE)
+        first = self.max_length - kept
+        output = self._model(
+            input_ids=ids[:, first:].to(self.device),
+            attention_mask=mask[:, first:].to(self.device),
+            position_ids=torch.arange(first, self.max_length, device=self.device)[None].expand(len(prompts), -1),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        states = torch.stack(output.hidden_states, dim=-1)  # [B, kept, D, L]
+        return F.pad(states, (0, 0, 0, 0, first, 0)), mask.to(states.device)
+
+
+def load_gemma(
+    root: str | Path | None,
+    *,
+    safetensors: str | Path | None = None,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantization: Quantization | None = None,
+    offload_weights: bool = True,
+    max_length: int = MAX_LENGTH,
+) -> Gemma:
+    """Load the text encoder.
+
+    Args:
+        root: Hugging Face folder (searched recursively) with config, weights and tokenizer; beside
+            ``safetensors`` it gives the tokenizer and the config only.
+        safetensors: one file with the language model, perhaps fp8, perhaps with its tokenizer.
+        dtype: of the weights; fp8 linear weights of a single file stay fp8 and compute in it.
+        device: where it runs; quantised models need CUDA.
+        quantization: through bitsandbytes, folders only.
+        offload_weights: keep the fp8 weights of a single file on the CPU between uses.
+        max_length: tokens to which prompts are padded.
+
+    Raises:
+        UserError: nothing to load, files that are missing or do not belong together, options that exclude
+            each other.
+    """
+    if root is None and safetensors is None:
+        raise UserError("no text encoder: give --gemma_root (a Gemma folder) or --gemma_safetensors (one file)")
+    if quantization is not None:
+        check_quantization(quantization, device, single_file=safetensors is not None)
+    if safetensors is not None:
+        from .gemma_single_file import load_single_file
+
+        model, tokenizer = load_single_file(
+            safetensors, root=root, dtype=dtype, device=device, offload_weights=offload_weights
+        )
+        return Gemma(model, tokenizer, max_length=max_length)
+    assert root is not None
+    folder = find_model_folder(Path(root))
+    tokenizer = load_tokenizer(Path(root))
+    if quantization is not None:
+        return Gemma(_load_quantised(folder, quantization, dtype, device), tokenizer, max_length=max_length)
+    return Gemma(_load_folder(folder, dtype=dtype, device=device), tokenizer, max_length=max_length)
+
+
+def check_quantization(quantization: Quantization, device: torch.device | str, *, single_file: bool = False) -> None:
+    """Raise what can be known before loading.
+
+    Raises:
+        UserError: with a single file, without CUDA, or without bitsandbytes.
+    """
+    flag = f"--gemma_load_in_{quantization.bits}bit"
+    if single_file:
+        raise UserError(f"{flag} works with --gemma_root only; a single file is loaded as it is stored")
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        raise UserError(f"{flag} needs a CUDA device, got {device}; leave it out to load Gemma unquantised")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(f'{flag} needs bitsandbytes: pip install "bitsandbytes>=0.48"') from None
+
+
+def find_model_folder(root: Path) -> Path:
+    """The folder at or below ``root`` that holds ``model*.safetensors`` and ``config.json``.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    return _find_folder(root, "model*.safetensors", "the weights (model*.safetensors) beside a config.json", True)
+
+
+def load_tokenizer(root: Path) -> Tokenizer:
+    """The tokenizer at or below ``root``.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if root.is_dir() and any(root.rglob(name)):
+            folder = _find_folder(root, name, "a tokenizer", False)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    raise UserError(f"{root} has no tokenizer (tokenizer.json or tokenizer.model); give a complete Gemma folder")
+
+
+def _find_folder(root: Path, pattern: str, what: str, with_config: bool) -> Path:
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder; expected the Hugging Face folder of Gemma")
+    folders = sorted({file.parent for file in root.rglob(pattern)}, key=lambda folder: len(folder.parts))
+    if with_config:
+        folders = [folder for folder in folders if (folder / "config.json").is_file()]
+    if not folders:
+        raise UserError(f"{root} does not hold {what}; expected the Hugging Face folder of Gemma")
+    if len(folders) > 1 and len(folders[0].parts) == len(folders[1].parts):
+        raise UserError(f"{root} holds {what} twice, in {folders[0]} and {folders[1]}; name one of them")
+    return folders[0]
+
+
+def language_model_name(key: str) -> str | None:
+    """Name inside the text model of a key of any Gemma export; ``None`` for vision, head and tokenizer."""
+    for prefix in _LANGUAGE_MODEL_PREFIXES:
+        name = key.removeprefix(prefix)
+        if name != key and name.startswith(("embed_tokens.", "layers.", "norm.")):
+            return name
+    return None
+
+
+def build_text_model(config: PretrainedConfig) -> nn.Module:
+    """The language model of ``config`` with its parameters on the meta device."""
+    text_config = config.get_text_config()
+    # fp32 while building: the rotary frequencies are computed here and must not be rounded.
+    return build_empty(lambda: AutoModel.from_config(text_config, dtype=torch.float32))
+
+
+def _load_folder(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """Stream the shards into the text model.
+
+    ``from_pretrained`` of the text class would not do: it finds none of the keys of a multimodal folder and
+    leaves random weights behind, with only a report printed.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{folder} is already quantised; use the original folder, with --gemma_load_in_8bit or 4bit")
+    model = build_text_model(config)
+    shards = [SafetensorsFile(path) for path in sorted(folder.glob("model*.safetensors"))]
+    tensors = _read_language_model(shards, dtype=dtype, device=device)
+    return fill(model, tensors, source=f"{folder}: Gemma", device=device)
+
+
+def _read_language_model(
+    shards: Sequence[SafetensorsFile], *, dtype: torch.dtype, device: torch.device | str
+) -> Iterator[tuple[str, Tensor]]:
+    for shard in shards:
+        names = {key: name for key in shard.tensors if (name := language_model_name(key)) is not None}
+        for key, tensor in shard.read(names, device=device, dtype=dtype):
+            yield names[key], tensor
+
+
+def _load_quantised(
+    folder: Path, quantization: Quantization, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    """Through Transformers, which quantises while it loads; only the language model is kept."""
+    from transformers import AutoModelForImageTextToText
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        local_files_only=True,
+        dtype=dtype,
+        device_map={"": torch.device(device)},
+        quantization_config=_bitsandbytes_config(quantization, dtype),
+    )
+    text_model = model.model.language_model
+    text_model.is_quantized = True
+    return text_model.eval().requires_grad_(False)
+
+
+def _bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=quantization.compute_dtype or dtype,
+    )

@@ -1,0 +1,410 @@
+"""LoRA files: four spellings of the same thing.
+
+========== ======================================================= =========================================
+format     keys                                                    scale of the delta
+========== ======================================================= =========================================
+native     ``lora_unet_<flat>.lora_down|lora_up.weight, .alpha``   alpha / r
+musubi     the same with ``lora_unet_model_<flat>``                alpha / r
+comfy      ``diffusion_model.<dotted>.lora_A|lora_B.weight``       1: alpha / r is folded into B
+diffusers  ``transformer.<dotted>.lora_A|lora_B.weight``           1, or alpha / r of PEFT's configuration
+========== ======================================================= =========================================
+
+In memory a file is :class:`LoraFile`: canonical module names to factors. Reading accepts every combination of
+prefix and suffix, with or without ``.alpha``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from musubi_tuner.common.dtypes import dtype_name
+from musubi_tuner.common.errors import UserError
+
+from .hashes import TensorSpec, write_safetensors
+from .names import MUSUBI_PREFIX, NATIVE_PREFIX, canonical_name, comfy_name, diffusers_name, flat_name
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["native", "musubi", "comfy", "diffusers"]
+
+_SPELLINGS: dict[str, Callable[[str], str]] = {
+    "native": lambda name: NATIVE_PREFIX + flat_name(name),
+    "musubi": lambda name: MUSUBI_PREFIX + flat_name(name),
+    "comfy": comfy_name,
+    "diffusers": diffusers_name,
+}
+FORMATS: tuple[str, ...] = tuple(_SPELLINGS)
+
+# lora_A may be followed by PEFT's adapter name ("default").
+_KEY = re.compile(
+    r"(?P<module>.+?)\.(?:(?P<down>lora_down|lora_A|lora\.down)|(?P<up>lora_up|lora_B|lora\.up))(?:\.\w+)?\.weight"
+)
+_ALPHA = ".alpha"
+_EXPECTED = "expected pairs of lora_down/lora_up or lora_A/lora_B weights"
+_UNSUPPORTED = {
+    r".*\.(dora_scale|lora_magnitude_vector.*)": "DoRA",
+    r".*\.lokr_.*": "LyCORIS LoKr",
+    r".*\.hada_.*": "LyCORIS LoHa",
+    r".*\.oft_blocks": "LyCORIS OFT",
+    r".*\.on_input": "LyCORIS IA3",
+    r".*\.diff(_b)?": "full-difference",
+    r".*\.lora_mid\.weight": "Tucker-decomposed",
+    r".*\.lora_(B|up)(\.\w+)?\.bias": "LoRA with bias",
+}
+_PEFT_METADATA = "lora_adapter_metadata"
+_PEFT_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """Sizes of one adapted Linear (in_features K, out_features N), known from the header."""
+
+    rank: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    alpha: float | None = None  # None: the rank
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """Factors of one adapted Linear; its weight changes by ``alpha / r * up @ down``."""
+
+    down: Tensor  # [r, K]
+    up: Tensor  # [N, r]
+    alpha: float | None = None  # None: the rank
+
+    @property
+    def info(self) -> ModuleInfo:
+        (rank, in_features), out_features = self.down.shape, self.up.shape[0]
+        dtype = torch.promote_types(self.down.dtype, self.up.dtype)
+        return ModuleInfo(rank, in_features, out_features, dtype, self.alpha)
+
+    def delta(self, multiplier: float = 1.0) -> Tensor:
+        """The change of the weight, [N, K] in float32."""
+        return (self.up.float() * (multiplier * self.info.scale)) @ self.down.float()
+
+    def folded(self, multiplier: float = 1.0) -> LoraModule:
+        """The delta times ``multiplier``, with alpha = r; ``up`` becomes float32 unless nothing changes."""
+        scale = multiplier * self.info.scale
+        return LoraModule(self.down, self.up if scale == 1 else self.up.float() * scale)
+
+    def to(self, dtype: torch.dtype) -> LoraModule:
+        return replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA in memory, under canonical names."""
+
+    modules: Mapping[str, LoraModule]
+    metadata: Mapping[str, str]
+    format: Format = "native"
+
+
+@dataclass(frozen=True)
+class _Keys:
+    down: str
+    up: str
+
+
+# --- reading ---
+
+
+def detect_format(keys: Iterable[str]) -> Format:
+    """The format of a LoRA file by the prefix of its keys.
+
+    Raises:
+        UserError: no key belongs to a LoRA.
+    """
+    spelled = [k for k in keys if _KEY.fullmatch(k)]
+    if not spelled:
+        raise UserError(f"no LoRA: {_EXPECTED}")
+    first = spelled[0]
+    if first.startswith(NATIVE_PREFIX):
+        return "musubi" if first.startswith(MUSUBI_PREFIX) else "native"
+    return "diffusers" if first.startswith(("transformer.", "connectors.", "base_model.")) else "comfy"
+
+
+class LoraReader(AbstractContextManager):
+    """An open LoRA file: names and sizes are known, factors are read one module at a time.
+
+    Raises:
+        UserError: the file is missing, is no safetensors file, no LoRA, of another model, or inconsistent.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: file not found")
+        try:
+            self._file = safe_open(self.path, framework="pt")
+        except SafetensorError as error:
+            raise UserError(f"{self.path}: not a safetensors file ({error})") from None
+        self._file.__enter__()
+        try:
+            keys = list(self._file.keys())
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+            self._keys = self._pairs(keys)
+            self.format = detect_format(keys)
+            self.infos = {name: self._info(name, pair) for name, pair in self._keys.items()}
+            self._add_alphas(set(keys))
+        except UserError as error:
+            self.close()
+            text = str(error)
+            raise UserError(text if text.startswith(str(self.path)) else f"{self.path}: {text}") from None
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file (on Windows it cannot be replaced before)."""
+        self._file.__exit__(None, None, None)
+
+    def read(self, name: str) -> LoraModule:
+        """Factors of one module, by canonical name.
+
+        Raises:
+            UserError: they hold NaN or infinity.
+        """
+        keys = self._keys[name]
+        down, up = (_readable(self._file.get_tensor(k)) for k in (keys.down, keys.up))
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise UserError(f"{self.path}: {name} holds NaN or infinity; the LoRA is broken")
+        return LoraModule(down, up, self.infos[name].alpha)
+
+    def read_all(self) -> LoraFile:
+        return LoraFile({name: self.read(name) for name in self.infos}, self.metadata, self.format)
+
+    def _pairs(self, keys: list[str]) -> dict[str, _Keys]:
+        """Canonical name -> keys of both factors."""
+        found: dict[str, dict[str, str]] = {}
+        foreign: set[str] = set()
+        ignored = []
+        for key in keys:
+            match = _KEY.fullmatch(key)
+            if match is None:
+                _check_other_key(key)
+                if not key.endswith(_ALPHA):
+                    ignored.append(key)
+                continue
+            role = "down" if match["down"] else "up"
+            name = canonical_name(match["module"])
+            if name is None:
+                foreign.add(match["module"])
+            elif role in found.setdefault(name, {}):
+                raise UserError(f"{key} and {found[name][role]} are the same module")
+            else:
+                found[name][role] = key
+        self._check_pairs(found, foreign, keys)
+        if ignored:
+            logger.warning("%s: %d tensors are no part of a LoRA, such as %s", self.path, len(ignored), ignored[0])
+        return {name: _Keys(**roles) for name, roles in found.items()}
+
+    def _check_pairs(self, found: Mapping[str, Mapping[str, str]], foreign: set[str], keys: list[str]) -> None:
+        if not found and not foreign:
+            example = f" such as {keys[0]}" if keys else ""
+            raise UserError(f"no LoRA: {len(keys)} tensors{example}, {_EXPECTED}")
+        if foreign:
+            whose = "some modules" if found else "a LoRA of another model"
+            count = f"{len(foreign)} of {len(foreign) + len(found)}"
+            raise UserError(f"{whose}: {count} are unknown to LTX-2, such as {min(foreign)}")
+        for name, roles in found.items():
+            if len(roles) == 1:
+                have, lack = ("lora_down", "lora_up") if "down" in roles else ("lora_up", "lora_down")
+                raise UserError(f"{name} has {have} but no {lack} weight; the file is incomplete")
+
+    def _info(self, name: str, keys: _Keys) -> ModuleInfo:
+        down, up = (self._file.get_slice(k) for k in (keys.down, keys.up))
+        down_shape, up_shape = tuple(down.get_shape()), tuple(up.get_shape())
+        if len(down_shape) != 2 or len(up_shape) != 2 or down_shape[0] != up_shape[1]:
+            raise UserError(f"{name}: shapes {down_shape} and {up_shape} are no pair [r, in] and [out, r]")
+        if down_shape[0] == 0:
+            raise UserError(f"{name} has rank 0")
+        dtypes = [_header_dtype(s.get_dtype(), name) for s in (down, up)]
+        return ModuleInfo(down_shape[0], down_shape[1], up_shape[0], torch.promote_types(*dtypes))
+
+    def _add_alphas(self, keys: set[str]) -> None:
+        """Fill in alpha from the tensors, else from PEFT's configuration."""
+        config = self._peft_config()
+        for name, info in self.infos.items():
+            module = _KEY.fullmatch(self._keys[name].down)["module"]
+            if module + _ALPHA in keys:
+                alpha = float(self._file.get_tensor(module + _ALPHA).reshape(-1)[0])
+                if not abs(alpha) < float("inf"):
+                    raise UserError(f"{module}{_ALPHA} is {alpha}")
+                alpha = alpha or None  # 0 stands for the rank
+            else:
+                alpha = _peft_alpha(config, name, info.rank)
+            self.infos[name] = replace(info, alpha=alpha)
+
+    def _peft_config(self) -> dict[str, Any]:
+        try:
+            if _PEFT_METADATA in self.metadata:
+                packed = json.loads(self.metadata[_PEFT_METADATA])
+                return {k.removeprefix("transformer."): v for k, v in packed.items()}
+            beside = self.path.with_name(_PEFT_CONFIG)
+            if self.format == "diffusers" and beside.is_file():
+                return json.loads(beside.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"the LoRA's PEFT configuration is not JSON: {error}") from None
+        return {}
+
+
+def load_lora(path: str | os.PathLike[str]) -> LoraFile:
+    """Read a LoRA file of any format.
+
+    Raises:
+        UserError: see :class:`LoraReader` and :meth:`LoraReader.read`.
+    """
+    with LoraReader(path) as reader:
+        return reader.read_all()
+
+
+def _check_other_key(key: str) -> None:
+    """Complain about a key that changes the result but is not understood."""
+    for pattern, kind in _UNSUPPORTED.items():
+        if re.fullmatch(pattern, key):
+            raise UserError(f"{key}: a {kind} file; only plain LoRA (down/up pairs) is supported")
+
+
+def _header_dtype(spelled: str, name: str) -> torch.dtype:
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    dtypes |= {
+        "F8_E4M3": torch.bfloat16,
+        "F8_E5M2": torch.bfloat16,
+    }  # read as bfloat16, which holds them exactly
+    try:
+        return dtypes[spelled]
+    except KeyError:
+        raise UserError(f"{name}: factors of type {spelled}, expected floating point") from None
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
+
+
+def _peft_alpha(config: Mapping[str, Any], name: str, rank: int) -> float | None:
+    """alpha of a module by PEFT's rules: the first pattern that ends its path, else the common one."""
+    alpha = config.get("lora_alpha")
+    path = diffusers_name(name).partition(".")[2]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            alpha = value
+            break
+    if alpha is None:
+        return None
+    return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)
+
+
+# --- writing ---
+
+
+def save_lora(
+    lora: LoraFile,
+    path: str | os.PathLike[str],
+    fmt: Format = "native",
+    *,
+    dtype: torch.dtype | None = None,
+    emit_alpha: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    require_finite: bool = True,
+) -> Path:
+    """Write a LoRA in a format; see :func:`write_lora`. ``metadata`` is added to the LoRA's own."""
+    infos = {
+        name: replace(info, dtype=dtype or info.dtype)
+        for name, info in ((name, module.info) for name, module in lora.modules.items())
+    }
+    return write_lora(
+        path,
+        fmt,
+        infos,
+        lora.modules.__getitem__,
+        metadata={**lora.metadata, **(metadata or {})},
+        emit_alpha=emit_alpha,
+        require_finite=require_finite,
+    )
+
+
+def write_lora(
+    path: str | os.PathLike[str],
+    fmt: Format,
+    infos: Mapping[str, ModuleInfo],
+    produce: Callable[[str], LoraModule],
+    *,
+    metadata: Mapping[str, str],
+    emit_alpha: bool = False,
+    require_finite: bool = True,
+) -> Path:
+    """Write a LoRA file whose modules are produced one at a time.
+
+    Args:
+        path: appears only when complete.
+        fmt: ``native`` and ``musubi`` always hold alpha (float32, whatever the dtype of the factors); in the
+            others alpha / r is folded into B in float32.
+        infos: canonical name to sizes and dtype of what ``produce`` returns for it.
+        produce: called once per name.
+        metadata: strings; hashes are added.
+        emit_alpha: write alpha = r in the folded formats too.
+        require_finite: fail on NaN and infinity (also those made by a narrow dtype), else only warn.
+
+    Raises:
+        UserError: not finite.
+    """
+    flat = fmt in ("native", "musubi")
+    suffixes = ("lora_down", "lora_up") if flat else ("lora_A", "lora_B")
+    specs, roles = [], {}
+    for name, info in infos.items():
+        spelled = _SPELLINGS[fmt](name)
+        down, up = (f"{spelled}.{suffix}.weight" for suffix in suffixes)
+        specs.append(TensorSpec(down, info.dtype, (info.rank, info.in_features)))
+        specs.append(TensorSpec(up, info.dtype, (info.out_features, info.rank)))
+        roles[down], roles[up] = (name, "down"), (name, "up")
+        if flat or emit_alpha:
+            specs.append(TensorSpec(spelled + _ALPHA, torch.float32, ()))
+            roles[spelled + _ALPHA] = (name, "alpha")
+
+    current: dict[str, LoraModule] = {}  # the module at hand; both factors follow one another in the file
+
+    def tensor(key: str) -> Tensor:
+        name, role = roles[key]
+        info = infos[name]
+        if role == "alpha":
+            return torch.tensor(float((info.alpha if flat else None) or info.rank))
+        if name not in current:
+            module = produce(name)
+            module = (module if flat else module.folded()).to(info.dtype)
+            _check_finite(name, module, require_finite)
+            current.clear()
+            current[name] = module
+        return getattr(current[name], role)
+
+    kept = {k: v for k, v in metadata.items() if k != _PEFT_METADATA}  # its alpha no longer holds
+    return write_safetensors(path, specs, tensor, {"format": "pt", **kept})
+
+
+def _check_finite(name: str, module: LoraModule, required: bool) -> None:
+    if module.down.isfinite().all() and module.up.isfinite().all():
+        return
+    dtype = dtype_name(module.down.dtype)
+    message = f"{name} holds NaN or infinity as {dtype}"
+    if required:
+        raise UserError(message + ("; use bfloat16 or float32" if dtype == "float16" else ""))
+    logger.warning(message)

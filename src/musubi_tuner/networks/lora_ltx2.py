@@ -1,0 +1,350 @@
+"""The LoRA network of the LTX-2 transformer (``--network_module networks.lora_ltx2``)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from musubi_tuner.common.errors import UserError
+
+from .formats import Format, LoraFile, LoraModule, LoraReader, save_lora
+from .lora import LoRALinear, Switch
+from .names import NATIVE_PREFIX, flat_name, in_transformer
+from .network_args import NetworkArgs, parse_network_args, probability
+from .targets import compile_patterns, linear_names, longest_match, modality_of, select_targets
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DIM = 4
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Canonical module names of a weights file and a network, compared."""
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]  # in the network, not in the file
+    unexpected: tuple[str, ...]  # in the file, not in the network
+
+    def __str__(self) -> str:
+        text = f"{len(self.matched)} modules loaded"
+        for label, names in (("missing in the file", self.missing), ("not in the network", self.unexpected)):
+            if names:
+                text += f", {len(names)} {label} (such as {names[0]})"
+        return text
+
+
+@dataclass(frozen=True)
+class ModalityCount:
+    modules: int = 0
+    params: int = 0
+
+
+class LoRANetwork(nn.Module):
+    """Low-rank deltas for Linear layers of a transformer, held outside of it.
+
+    Children are named as in a native file (``lora_unet_<flat>``), so ``state_dict()`` is one. All on CPU in
+    float32 at first; move it with ``to``.
+
+    Attributes:
+        modules_by_name: dotted path in the transformer -> :class:`LoRALinear`.
+        args: the parsed ``--network_args`` it was made with.
+    """
+
+    def __init__(self, modules: Mapping[str, LoRALinear], switch: Switch, args: NetworkArgs | None = None) -> None:
+        super().__init__()
+        self.modules_by_name = dict(modules)
+        self.args = args or NetworkArgs()
+        self._switch = switch
+        self._multiplier = 1.0
+        for name, module in modules.items():
+            self.add_module(NATIVE_PREFIX + flat_name(name), module)
+
+    # --- attaching ---
+
+    def apply_to(self, transformer: nn.Module) -> None:
+        """Patch the forward of every target Linear of ``transformer`` and freeze the transformer."""
+        transformer.requires_grad_(False)
+        for name, module in self.modules_by_name.items():
+            module.attach(transformer.get_submodule(name))
+
+    def detach(self) -> None:
+        """Undo :meth:`apply_to`."""
+        for module in self.modules_by_name.values():
+            module.detach()
+
+    # --- strength ---
+
+    @property
+    def multiplier(self) -> float:
+        """Factor on all deltas; 0 skips them, which leaves the base bit for bit."""
+        return self._multiplier
+
+    @multiplier.setter
+    def multiplier(self, value: float) -> None:
+        self._multiplier = value
+        self._switch.on = value != 0
+        if value != 0:
+            for module in self.modules_by_name.values():
+                if module.multiplier != value:
+                    module.set_multiplier(value)
+
+    @contextmanager
+    def gain(self, value: float) -> Iterator[LoRANetwork]:
+        """Run a block with another multiplier; ``gain(0.0)`` is the base model.
+
+        A backward pass that recomputes activations (gradient checkpointing) has to run inside the block too.
+        """
+        previous = self.multiplier
+        self.multiplier = value
+        try:
+            yield self
+        finally:
+            self.multiplier = previous
+
+    # --- files ---
+
+    def load_weights(self, file: str | os.PathLike[str] | LoraFile) -> LoadReport:
+        """Fill the factors and alphas from a LoRA file of any format.
+
+        Modules of the audio branch may be missing on either side (a warning), others may not.
+
+        Raises:
+            UserError: the file is no LTX-2 LoRA, modules do not correspond, or ranks differ.
+        """
+        lora, source = _read(file)
+        report = self._compare(lora, source)
+        with torch.no_grad():
+            for name in report.matched:
+                module, given = self.modules_by_name[name], lora.modules[name]
+                module.lora_down.weight.copy_(given.down)
+                module.lora_up.weight.copy_(given.up)
+                module.set_alpha(given.alpha or given.info.rank)
+        if report.missing or report.unexpected:
+            logger.warning("%s: %s", source, report)
+        return report
+
+    def _compare(self, lora: LoraFile, source: str) -> LoadReport:
+        own, given = self.modules_by_name, lora.modules
+        report = LoadReport(
+            matched=tuple(n for n in own if n in given),
+            missing=tuple(n for n in own if n not in given),
+            unexpected=tuple(n for n in given if n not in own),
+        )
+        wrong = [n for n in (*report.missing, *report.unexpected) if "audio_" not in n and in_transformer(n)]
+        if wrong or not report.matched:
+            raise UserError(
+                f"{source}: does not fit the network: {report}; use the target preset and patterns it was "
+                "trained with, or --dim_from_weights"
+            )
+        for name in report.matched:
+            _check_sizes(name, own[name], given[name], source)
+        return report
+
+    def as_lora_file(self, metadata: Mapping[str, str] | None = None) -> LoraFile:
+        """The current weights under canonical names (no copies)."""
+        modules = {
+            name: LoraModule(m.lora_down.weight.detach(), m.lora_up.weight.detach(), m.alpha_value)
+            for name, m in self.modules_by_name.items()
+        }
+        return LoraFile(modules, dict(metadata or {}))
+
+    def save_weights(
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype | None = torch.bfloat16,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        fmt: Format = "native",
+    ) -> Path:
+        """Write a LoRA file with hashes, whole or not at all; ``dtype`` None keeps float32."""
+        return save_lora(self.as_lora_file(metadata), path, fmt, dtype=dtype, require_finite=False)
+
+    def metadata(self) -> dict[str, str]:
+        """``ss_network_*`` entries that describe this network."""
+        ranks = {m.rank for m in self.modules_by_name.values()}
+        alphas = {m.alpha_value for m in self.modules_by_name.values()}
+        dropouts = {m.dropout for m in self.modules_by_name.values()}
+        args = {k: v for k, v in vars(self.args).items() if v != getattr(NetworkArgs(), k)}
+        return {
+            "ss_network_module": "networks.lora_ltx2",
+            "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+            "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+            "ss_network_dropout": f"{max(dropouts):g}",
+            "ss_network_args": json.dumps(args),
+        }
+
+    # --- reporting ---
+
+    def summary(self) -> dict[str, ModalityCount]:
+        """Adapted modules and their parameters per stream: video, audio, cross (cross-modal attention)."""
+        counts = {"video": ModalityCount(), "audio": ModalityCount(), "cross": ModalityCount()}
+        for name, module in self.modules_by_name.items():
+            key, params = modality_of(name), sum(p.numel() for p in module.parameters())
+            counts[key] = ModalityCount(counts[key].modules + 1, counts[key].params + params)
+        return counts
+
+    def describe(self) -> str:
+        """One line for the log."""
+        parts = [f"{k} {c.modules} ({c.params / 1e6:.2f}M)" for k, c in self.summary().items() if c.modules]
+        ranks = sorted({m.rank for m in self.modules_by_name.values()})
+        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        params = sum(p.numel() for p in self.parameters())
+        return (
+            f"LoRA of rank {rank}: {len(self.modules_by_name)} modules, {params / 1e6:.2f}M parameters: "
+            + ", ".join(parts)
+        )
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    transformer: nn.Module,
+    *,
+    dropout: float | None = None,
+    **network_args: object,
+) -> LoRANetwork:
+    """Make a LoRA network for ``transformer`` (not yet applied to it).
+
+    Args:
+        multiplier: factor on all deltas.
+        network_dim: rank r of every module; ``None`` is 4.
+        network_alpha: deltas are scaled by alpha / r; ``None`` or 0 is r.
+        transformer: only names and sizes of its Linear layers are read, so it may be on the meta device.
+        dropout: probability of dropping an element of the r-wide activation in training.
+        network_args: see :class:`NetworkArgs`; values may be the strings of the command line.
+
+    Raises:
+        UserError: a bad argument, or nothing to adapt.
+    """
+    args = parse_network_args(network_args)
+    names = select_targets(transformer, args.lora_target_preset, args.include_patterns, args.exclude_patterns)
+    if not names:
+        total = len(linear_names(transformer))
+        raise UserError(f"the LoRA targets match none of the {total} linear layers of the transformer; "
+                        "check --lora_target_preset and include_patterns, exclude_patterns")  # fmt: skip
+    _notice_gates(names, args)
+    rank_of = _chooser(args.rank_pattern, args.audio_dim, _checked_dim(network_dim), "rank_pattern")
+    alpha_of = _chooser(args.alpha_pattern, args.audio_alpha, network_alpha or 0.0, "alpha_pattern")
+    switch = Switch()
+    modules = {
+        name: LoRALinear(
+            transformer.get_submodule(name),
+            rank_of(name),
+            alpha_of(name),
+            dropout=_dropout(dropout),
+            rank_dropout=args.rank_dropout,
+            module_dropout=args.module_dropout,
+            switch=switch,
+        )
+        for name in names
+    }
+    network = LoRANetwork(modules, switch, args)
+    network.multiplier = multiplier
+    if args.verbose:
+        logger.info("\n".join(f"{n}: rank {m.rank}, alpha {m.alpha_value:g}" for n, m in modules.items()))
+    return network
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | os.PathLike[str] | LoraFile,
+    transformer: nn.Module,
+    *,
+    dropout: float | None = None,
+) -> LoRANetwork:
+    """Make a network with exactly the modules, ranks, alphas and weights of a LoRA file (not yet applied).
+
+    Audio-branch and connector modules that ``transformer`` lacks are left out with a warning.
+
+    Raises:
+        UserError: the file is no LTX-2 LoRA or does not fit the transformer.
+    """
+    lora, source = _read(file)
+    available = {n: m for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+    absent = [n for n in lora.modules if n not in available]
+    wrong = [n for n in absent if "audio_" not in n and in_transformer(n)]
+    if wrong or len(absent) == len(lora.modules):
+        wrong = wrong or absent
+        raise UserError(f"{source}: {len(wrong)} modules are not in the transformer, such as {wrong[0]}")
+    if absent:
+        example = absent[0]
+        logger.warning("%s: the transformer lacks %d modules (such as %s)", source, len(absent), example)
+    switch, dropout = Switch(), _dropout(dropout)
+    modules = {
+        name: LoRALinear(available[name], m.info.rank, m.alpha or 0.0, dropout=dropout, switch=switch)
+        for name, m in lora.modules.items()
+        if name in available
+    }
+    network = LoRANetwork(modules, switch)
+    network.load_weights(LoraFile({n: lora.modules[n] for n in modules}, lora.metadata, lora.format))
+    network.multiplier = multiplier
+    return network
+
+
+def _chooser(patterns: Mapping[str, Any], audio: Any, default: Any, source: str) -> Callable[[str], Any]:
+    """A module's value: of the longest pattern found in its path, else the audio one, else the common one."""
+    compiled = compile_patterns(patterns, source)
+
+    def choose(name: str) -> Any:
+        pattern = longest_match(compiled, name)
+        if pattern is not None:
+            return patterns[pattern]
+        return audio if audio is not None and "audio_" in name else default
+
+    return choose
+
+
+def _checked_dim(dim: int | None) -> int:
+    if dim is not None and dim < 1:
+        raise UserError(f"--network_dim {dim}: expected at least 1")
+    return dim or DEFAULT_DIM
+
+
+def _dropout(value: float | None) -> float:
+    try:
+        return probability(value or 0.0)
+    except ValueError as error:
+        raise UserError(f"--network_dropout {value}: {error}") from None
+
+
+def _notice_gates(names: list[str], args: NetworkArgs) -> None:
+    gates = sum(n.endswith("to_gate_logits") for n in names)
+    if gates and args.lora_target_preset == "full" and not args.include_patterns:
+        logger.info(
+            "preset full also adapts %d attention gates (to_gate_logits), reported to harm LTX-2.3 LoRAs; "
+            "--network_args \"exclude_patterns=['.*to_gate_logits']\" leaves them out",
+            gates,
+        )
+
+
+def _read(file: str | os.PathLike[str] | LoraFile) -> tuple[LoraFile, str]:
+    if isinstance(file, LoraFile):
+        return file, "the LoRA"
+    with LoraReader(file) as reader:
+        return reader.read_all(), str(file)
+
+
+def _check_sizes(name: str, module: LoRALinear, given: LoraModule, source: str) -> None:
+    have, want = given.info, module
+    sizes = (want.lora_down.in_features, want.lora_up.out_features)
+    if (have.in_features, have.out_features) != sizes:
+        raise UserError(
+            f"{source}: {name} is made for a layer of {have.in_features} -> {have.out_features} features, "
+            f"the model's has {sizes[0]} -> {sizes[1]}; it is a LoRA of another model"
+        )
+    if have.rank != want.rank:
+        raise UserError(
+            f"{source}: {name} has rank {have.rank}, the network {want.rank}; "
+            f"use --network_dim {have.rank} or --dim_from_weights"
+        )

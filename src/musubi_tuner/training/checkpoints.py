@@ -1,0 +1,88 @@
+"""LoRA files and state folders of a run: names, both formats, rotation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from musubi_tuner.common.atomic import write_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavePoint:
+    """One moment at which files are written; ``number`` is the epoch or the step, ``None`` at the end."""
+
+    kind: str  # "epoch", "step" or "end"
+    number: int | None = None
+
+    def stem(self, name: str) -> str:
+        if self.kind == "epoch":
+            return f"{name}-{self.number:06d}"
+        if self.kind == "step":
+            return f"{name}-step{self.number:08d}"
+        return name
+
+
+def lora_path(output_dir: Path, name: str, point: SavePoint) -> Path:
+    return output_dir / f"{point.stem(name)}.safetensors"
+
+
+def state_path(output_dir: Path, name: str, point: SavePoint) -> Path:
+    return output_dir / f"{point.stem(name)}-state"
+
+
+def comfy_path(original: Path) -> Path:
+    """``x.safetensors`` to ``x.comfy.safetensors``."""
+    return original.with_name(f"{original.stem}.comfy.safetensors")
+
+
+def sidecar_path(original: Path) -> Path:
+    return original.with_suffix(".json")
+
+
+def write_sidecar(path: Path, values: Mapping[str, Any]) -> None:
+    """The ``.json`` beside a LoRA; absent values are left out."""
+    write_text(path, json.dumps({k: v for k, v in values.items() if v is not None}, indent=2) + "\n")
+
+
+def outdated(point: SavePoint, every: int, keep: int | None) -> SavePoint | None:
+    """The save point that leaves the window of the last ``keep`` epochs or steps when ``point`` is written."""
+    if keep is None or point.number is None:
+        return None
+    if point.kind == "epoch":
+        number = point.number - every * keep
+    else:
+        number = point.number - keep - 1
+        number -= number % every
+    return SavePoint(point.kind, number) if number > 0 else None
+
+
+def remove_lora(output_dir: Path, name: str, point: SavePoint) -> None:
+    """Remove the LoRA of a save point with its ComfyUI file and sidecar."""
+    original = lora_path(output_dir, name, point)
+    _remove(original, comfy_path(original), sidecar_path(original))
+
+
+def remove_state(output_dir: Path, name: str, point: SavePoint) -> None:
+    folder = state_path(output_dir, name, point)
+    if folder.is_dir():
+        logger.info("removing old state %s", folder)
+        shutil.rmtree(folder)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            logger.info("removing old checkpoint %s", path)
+            path.unlink()
+
+
+def describe(paths: Iterable[Path]) -> str:
+    return ", ".join(p.name for p in paths)

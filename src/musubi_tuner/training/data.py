@@ -1,0 +1,76 @@
+"""The training data of a run: configuration, caches held against the checkpoint, batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from musubi_tuner.common.av import AV
+from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.discovery import discover
+from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, check_caches
+from musubi_tuner.dataset.loader import BatchLoader
+from musubi_tuner.dataset.sampling import BatchPlan
+from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
+from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.config import TransformerConfig
+
+
+def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetworkConfig]:
+    """The dataset configuration, and the run's flags with the mode that the datasets imply.
+
+    Raises:
+        UserError, ConfigErrors: what is wrong in the file.
+    """
+    data = config.data
+    options = {
+        "separate_audio_buckets": data.separate_audio_buckets,
+        "audio_bucket_strategy": data.audio_bucket_strategy,
+        "audio_bucket_interval": data.audio_bucket_interval,
+    }
+    datasets = load_dataset_config(data.dataset_config, command_line=options, need_sources=False)
+    mode = check_mode(datasets, config.checkpoint.ltx2_mode)
+    return datasets, replace(config, checkpoint=replace(config.checkpoint, ltx2_mode=mode))
+
+
+def make_loader(
+    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int
+) -> BatchLoader:
+    """Batches of the cached items.
+
+    Raises:
+        ConfigErrors: no items, or caches that another checkpoint, mode or configuration made.
+    """
+    mode = config.checkpoint.ltx2_mode
+    widths = text_widths(checkpoint)
+    training_set = discover(datasets, mode, legacy_text_widths=widths)
+    gemma = config.gemma
+    check_caches(
+        training_set,
+        encoders=EncoderIds(
+            video_vae=checkpoint.encoder_id("video_vae"),
+            audio_vae=checkpoint.encoder_id("audio_vae"),
+            text=checkpoint.encoder_id("text"),
+        ),
+        commands=RepairCommands(
+            dataset_config=config.data.dataset_config,
+            ltx2_checkpoint=config.checkpoint.ltx2_checkpoint,
+            mode=mode,
+            gemma=("--gemma_root", str(gemma.gemma_root)) if gemma.gemma_root else (),
+        ),
+        text_widths=widths,
+    )
+    plan = BatchPlan(training_set, seed)
+    return BatchLoader(
+        plan,
+        workers=config.data.max_data_loader_n_workers,
+        persistent=config.data.persistent_data_loader_workers,
+    )
+
+
+def text_widths(checkpoint: Checkpoint) -> AV[int]:
+    """Widths of the text embeddings that the checkpoint's transformer reads."""
+    shapes = {key: tuple(info.shape) for key, info in checkpoint.tensors.items()}
+    transformer = TransformerConfig.from_metadata(checkpoint.config.get("transformer"), shapes)
+    if transformer.has_caption_projection:
+        return AV(video=transformer.caption_channels, audio=transformer.caption_channels)
+    return AV(video=transformer.width, audio=transformer.audio_width)

@@ -1,0 +1,148 @@
+"""Previews during training: the prompt file rendered at the steps and epochs that were asked for."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from musubi_tuner.common.dtypes import parse_dtype
+from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.schema import DatasetConfig
+from musubi_tuner.generation.decode import Decoders
+from musubi_tuner.generation.prompt_cache import EncodedPrompt, encode_prompts, load_prompt_cache
+from musubi_tuner.generation.prompts import SamplePrompt, load_prompts
+from musubi_tuner.generation.run import Job, decode_tiling, preview_stem, render_prompts, render_settings
+from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+from musubi_tuner.models.text_encoder import load_text_encoder
+from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+
+from .state import Progress
+from .trainer import StepReport
+
+logger = logging.getLogger(__name__)
+
+PROMPT_CACHE_NAME = "ltx2_sample_prompts_cache.pt"
+
+
+@dataclass
+class Previewer:
+    """Listens to the loop and renders; ``failures`` counts samples that could not be rendered."""
+
+    config: TrainNetworkConfig
+    jobs: Sequence[Job]
+    decoders: Decoders
+    transformer: LTX2Transformer
+    network: LoRANetwork
+    device: torch.device
+    dtype: torch.dtype
+    failures: int = 0
+
+    def on_start(self, progress: Progress) -> None:
+        if self.config.preview.sample_at_first and progress.global_step == 0:
+            self._render(progress, position=0, epoch_end=True)
+
+    def on_step(self, report: StepReport, progress: Progress) -> None:
+        every = self.config.preview.sample_every_n_steps
+        if every and progress.global_step % every == 0:
+            self._render(progress, position=progress.global_step, epoch_end=False)
+
+    def on_epoch_end(self, epoch: int, progress: Progress) -> None:
+        every = self.config.preview.sample_every_n_epochs
+        if every and (epoch + 1) % every == 0:
+            self._render(progress, position=epoch + 1, epoch_end=True)
+
+    def on_end(self, progress: Progress) -> None:
+        if self.failures:
+            logger.error("%d samples could not be rendered; the reasons are above", self.failures)
+
+    def _render(self, progress: Progress, *, position: int, epoch_end: bool) -> None:
+        save = self.config.save
+        settings = render_settings(
+            self.config.decode, mode=self.config.checkpoint.ltx2_mode, device=self.device, dtype=self.dtype
+        )
+        self.network.eval()
+        results = render_prompts(
+            self.transformer,
+            self.jobs,
+            self.decoders,
+            settings=settings,
+            output_dir=save.output_dir / "sample",
+            stem=lambda job: preview_stem(
+                save.output_name, position, index=job.index, seed=job.prompt.seed, epoch_end=epoch_end
+            ),
+        )
+        self.network.train()
+        self.failures += sum(result.error is not None for result in results)
+
+
+def wants_previews(config: TrainNetworkConfig) -> bool:
+    """Whether any flag asks for previews."""
+    preview = config.preview
+    return bool(preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs)
+
+
+def prepare_jobs(
+    config: TrainNetworkConfig, checkpoint: Checkpoint, datasets: DatasetConfig, *, device: torch.device
+) -> list[Job]:
+    """Read and encode the prompt file, before the transformer takes the memory that Gemma needs.
+
+    Raises:
+        UserError: what is wrong in the prompt file, the prompt cache or the text encoder's files.
+    """
+    preview = config.preview
+    defaults = SamplePrompt(
+        width=preview.width,
+        height=preview.height,
+        frame_count=preview.sample_num_frames,
+        guidance_scale=preview.guidance_scale,
+    )
+    prompts = load_prompts(preview.sample_prompts, defaults)
+    encoded = _encoded(config, checkpoint, datasets, prompts, device)
+    return [Job(index, prompt, e) for index, (prompt, e) in enumerate(zip(prompts, encoded, strict=True))]
+
+
+def make_decoders(config: TrainNetworkConfig, checkpoint: Checkpoint, *, device: torch.device) -> Decoders:
+    """The decoders that previews need; UserError when the checkpoint lacks one."""
+    decode, mode = config.decode, config.checkpoint.ltx2_mode
+    decoders = Decoders(
+        checkpoint, dtype=parse_dtype(config.precision.vae_dtype), device=device, tiling=decode_tiling(decode)
+    )
+    decoders.require(
+        video=mode != "audio" and not decode.sample_audio_only,
+        audio=mode != "video" and not decode.sample_disable_audio,
+    )
+    return decoders
+
+
+def _encoded(
+    config: TrainNetworkConfig,
+    checkpoint: Checkpoint,
+    datasets: DatasetConfig,
+    prompts: Sequence[SamplePrompt],
+    device: torch.device,
+) -> list[EncodedPrompt]:
+    mode = config.checkpoint.ltx2_mode
+    if config.preview.use_precached_sample_prompts:
+        path = config.preview.sample_prompts_cache or datasets.datasets[0].cache_directory / PROMPT_CACHE_NAME
+        return load_prompt_cache(path, mode, prompts, encoder_id=checkpoint.encoder_id("text"))
+    gemma = config.gemma
+    encoder = load_text_encoder(
+        checkpoint,
+        gemma_root=gemma.gemma_root,
+        gemma_safetensors=gemma.gemma_safetensors,
+        load_in_8bit=gemma.gemma_load_in_8bit,
+        load_in_4bit=gemma.gemma_load_in_4bit,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        device=device,
+    )
+    encoded = encode_prompts(encoder, prompts, mode)
+    del encoder
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return encoded

@@ -1,0 +1,115 @@
+"""One batch to its losses: the five calls that everything else hangs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from musubi_tuner.common.av import AV
+from musubi_tuner.conditioning.caption_dropout import drop_captions
+from musubi_tuner.conditioning.intrinsic import condition_first_frame
+from musubi_tuner.dataset.batch import Batch, TextEmbeds
+from musubi_tuner.diffusion.losses import LossTerm, task_losses
+from musubi_tuner.diffusion.noising import noise_batch, sample_generators
+from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
+from musubi_tuner.diffusion.tokens import NoisedTokens
+from musubi_tuner.models.ltx2.inputs import ModalityInput, Perturbations
+from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """How a batch becomes a training problem and its error a loss."""
+
+    sampler: NoiseLevelSampler
+    seed: int
+    device: torch.device
+    dtype: torch.dtype  # compute dtype of the transformer
+    loss_type: str = "mse"
+    huber_delta: float = 1.0
+    weights: AV[float] = AV(video=1.0, audio=1.0)
+    first_frame_p: float = 0.0
+    caption_dropout_rate: float = 0.0
+    independent_audio_timestep: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingView:
+    """What one forward pass of training reads and is judged by, on the device."""
+
+    inputs: AV[ModalityInput]
+    tokens: AV[NoisedTokens]
+    weights: AV[float]
+    perturbations: Perturbations | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(t.clean.shape[0] * t.clean.shape[1] for _, t in self.tokens.items())
+
+
+def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks: int) -> TrainingView:
+    """Noise and condition a batch. Runs ahead of the device; every draw is keyed by sample and epoch."""
+
+    def draws(purpose: str) -> list[torch.Generator]:
+        return sample_generators(settings.seed, purpose, epoch, batch.keys)
+
+    tokens = noise_batch(
+        batch,
+        sampler=settings.sampler,
+        generators=draws("noise"),
+        independent_audio=settings.independent_audio_timestep,
+        device=settings.device,
+    )
+    tokens = condition_first_frame(tokens, settings.first_frame_p, draws("first_frame"))
+    text = drop_captions(batch.text, settings.caption_dropout_rate, draws("caption_dropout"))
+    overrides = batch.loss_weights
+    weights = settings.weights.map_named(lambda name, w: w if overrides[name] is None else overrides[name])
+    return TrainingView(
+        inputs=model_inputs(tokens, text, device=settings.device, dtype=settings.dtype),
+        tokens=tokens,
+        weights=weights,
+        perturbations=_silence_absent_audio(batch, tokens, num_blocks, settings.device),
+    )
+
+
+def model_inputs(
+    tokens: AV[NoisedTokens], text: TextEmbeds, *, device: torch.device, dtype: torch.dtype
+) -> AV[ModalityInput]:
+    """The transformer's inputs for the modalities that are present, each with its own text embeddings."""
+    mask = None if text.mask is None or bool(text.mask.all()) else text.mask.to(device, non_blocking=True)
+    contexts = AV(video=text.video, audio=text.audio)
+    others = AV(video=tokens.audio, audio=tokens.video)
+
+    def one(name: str, t: NoisedTokens) -> ModalityInput:
+        context = contexts[name].to(device=device, dtype=dtype, non_blocking=True)
+        return t.as_input(context, mask, other=others[name], dtype=dtype)
+
+    return tokens.map_named(one)
+
+
+def view_losses(transformer: LTX2Transformer, view: TrainingView, settings: TaskSettings) -> Mapping[str, LossTerm]:
+    """One forward pass and its loss terms, ``video`` and/or ``audio``."""
+    prediction = transformer(view.inputs, view.perturbations)
+    return task_losses(
+        prediction,
+        view.tokens,
+        loss_type=settings.loss_type,
+        huber_delta=settings.huber_delta,
+        weights=view.weights,
+    )
+
+
+def _silence_absent_audio(
+    batch: Batch, tokens: AV[NoisedTokens], num_blocks: int, device: torch.device
+) -> Perturbations | None:
+    # In a mixed batch a sample without sound still has (masked) audio tokens, and a softmax over nothing but
+    # masked keys is a uniform average of them: its cross-modal attention to the video is switched off instead.
+    if batch.audio is None or tokens.audio is None or tokens.video is None:
+        return None
+    present = batch.audio.lengths > 0
+    if bool(present.all()):
+        return None
+    keep = present.to(device=device, dtype=torch.float32)
+    return Perturbations(a2v=dict.fromkeys(range(num_blocks), keep))

@@ -1,0 +1,256 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.progress import progress as progress_bar
+from musubi_tuner.common.seeding import derive_seed
+from musubi_tuner.dataset.batch import Batch
+from musubi_tuner.dataset.loader import BatchLoader
+from musubi_tuner.diffusion.losses import total
+from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+
+from .distributed import average_gradients, average_scalars
+from .lr_schedulers import ScheduleSettings, lr_factor
+from .state import Progress
+from .step import TaskSettings, TrainingView, prepare_view, view_losses
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Length and pace of a run; steps are optimizer steps."""
+
+    total_steps: int
+    accumulation: int
+    max_grad_norm: float
+    lr_scheduler: str
+    schedule: ScheduleSettings
+    base_lrs: tuple[float, ...]  # of the optimizer's groups, before the schedule
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step found; losses are means over the micro-batches that had the modality."""
+
+    step: int  # 1-based
+    epoch: int  # 0-based
+    loss: float
+    losses: dict[str, float]
+    grad_norm: float
+    lrs: dict[str, float]
+    seconds: float
+    num_tokens: int
+    average_loss: float
+    stepped: bool
+
+
+class Listener(Protocol):
+    """What the loop tells of: saving, previews, logging."""
+
+    def on_start(self, progress: Progress) -> None: ...
+    def on_step(self, report: StepReport, progress: Progress) -> None: ...
+    def on_epoch_end(self, epoch: int, progress: Progress) -> None: ...
+    def on_end(self, progress: Progress) -> None: ...
+
+
+@dataclass
+class Trainer:
+    """Runs optimizer steps over a loader from where ``progress`` stands."""
+
+    transformer: LTX2Transformer
+    parameters: Sequence[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    loader: BatchLoader
+    task: TaskSettings
+    loop: LoopSettings
+    progress: Progress
+    listeners: Sequence[Listener] = ()
+    scaler: torch.amp.GradScaler | None = None
+    _skipped_in_a_row: int = field(init=False, default=0)
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            UserError: the loss stays non-finite.
+        """
+        state = self.progress
+        for listener in self.listeners:
+            listener.on_start(state)
+        with progress_bar(total=self.loop.total_steps, initial=state.global_step, desc="steps", unit="step") as bar:
+            while state.global_step < self.loop.total_steps:
+                self._run_epoch(bar)
+        for listener in self.listeners:
+            listener.on_end(state)
+
+    def _run_epoch(self, bar: progress_bar) -> None:
+        state = self.progress
+        epoch = state.epoch
+        start = state.batch_in_epoch
+        batches = self.loader.epoch(epoch, start=start, rank=self.loop.rank, world_size=self.loop.world_size)
+        views = Lookahead(self._view(batch, epoch) for batch in batches)
+        num_batches = self.loader.batches_per_epoch(self.loop.world_size)
+        for window in windows(views, self.loop.accumulation):
+            report = self._optimizer_step(window, epoch, prepare_next=views.prepare)
+            state.batch_in_epoch = min(state.batch_in_epoch + self.loop.accumulation, num_batches)
+            bar.set_postfix(self._postfix(report), refresh=False)
+            bar.update(1)
+            # The epoch's last step counts as the start of the next epoch, so that a state saved there does not
+            # ask a resumed run for an epoch of no batches.
+            if state.batch_in_epoch >= num_batches:
+                state.epoch, state.batch_in_epoch, state.epoch_loss_index = epoch + 1, 0, 0
+            for listener in self.listeners:
+                listener.on_step(report, state)
+            if state.global_step >= self.loop.total_steps:
+                break
+        if state.epoch > epoch:
+            for listener in self.listeners:
+                listener.on_epoch_end(epoch, state)
+
+    def _view(self, batch: Batch, epoch: int) -> TrainingView:
+        return prepare_view(batch, self.task, epoch=epoch, num_blocks=len(self.transformer.transformer_blocks))
+
+    def _optimizer_step(
+        self, window: Iterator[TrainingView], epoch: int, *, prepare_next: Callable[[], None]
+    ) -> StepReport:
+        started = time.perf_counter()
+        state = self.progress
+        self._set_lrs(state.global_step)
+        sums: dict[str, list[Tensor]] = {}
+        num_tokens = 0
+        for index, view in enumerate(window):
+            # Dropout draws from the global generator; seeding it by position makes a resumed run draw the same.
+            torch.manual_seed(derive_seed(self.task.seed, "step", state.global_step, index, self.loop.rank))
+            terms = view_losses(self.transformer, view, self.task)
+            loss = total(terms)
+            scaled_loss = loss / self.loop.accumulation
+            (self.scaler.scale(scaled_loss) if self.scaler else scaled_loss).backward()
+            sums.setdefault("loss", []).append(loss.detach())
+            for name, term in terms.items():
+                sums.setdefault(name, []).append(term.mean().detach())
+            num_tokens += view.num_tokens
+        grad_norm = self._clipped_gradients()
+        prepare_next()
+        losses = self._read({k: torch.stack(v).mean() for k, v in sums.items()} | {"grad_norm": grad_norm})
+        norm, loss = losses.pop("grad_norm"), losses.pop("loss")
+        stepped = self._apply(math.isfinite(norm) and math.isfinite(loss))
+        state.global_step += 1
+        average = self._record(loss)
+        lrs = {g.get("label", str(i)): g["lr"] for i, g in enumerate(self.optimizer.param_groups)}
+        seconds = time.perf_counter() - started
+        return StepReport(state.global_step, epoch, loss, losses, norm, lrs, seconds, num_tokens, average, stepped)
+
+    def _set_lrs(self, step: int) -> None:
+        factor = lr_factor(self.loop.lr_scheduler, step, self.loop.schedule)
+        for group, base in zip(self.optimizer.param_groups, self.loop.base_lrs, strict=True):
+            group["lr"] = base * factor
+
+    def _clipped_gradients(self) -> Tensor:
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        average_gradients(self.parameters)
+        max_norm = self.loop.max_grad_norm if self.loop.max_grad_norm > 0 else math.inf
+        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+
+    def _read(self, values: dict[str, Tensor]) -> dict[str, float]:
+        # One transfer for all numbers of the step. Every rank sees the same means and so takes the same branch.
+        stacked = torch.stack([v.float() for v in values.values()])
+        return dict(zip(values, average_scalars(stacked).tolist(), strict=True))
+
+    def _apply(self, finite: bool) -> bool:
+        """Step the optimizer, or drop the step when a loss or gradient is not finite."""
+        if finite:
+            if self.scaler:
+                self.scaler.step(self.optimizer)
+            else:
+                self.optimizer.step()
+            self._skipped_in_a_row = 0
+        else:
+            self.progress.skipped_steps += 1
+            self._skipped_in_a_row += 1
+            logger.warning("step %d dropped: the loss or a gradient is not finite", self.progress.global_step + 1)
+        if self.scaler:
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite loss or gradient (last: step "
+                f"{self.progress.global_step + 1}); lower --learning_rate, or train with --mixed_precision bf16"
+            )
+        return finite
+
+    def _record(self, loss: float) -> float:
+        """Mean over the latest loss of each in-epoch step; non-finite losses are left out."""
+        state = self.progress
+        if math.isfinite(loss):
+            if state.epoch_loss_index < len(state.epoch_losses):
+                state.epoch_losses[state.epoch_loss_index] = loss
+            else:
+                state.epoch_losses.append(loss)
+        state.epoch_loss_index += 1
+        return sum(state.epoch_losses) / max(1, len(state.epoch_losses))
+
+    @staticmethod
+    def _postfix(report: StepReport) -> dict[str, str]:
+        shown = {"avr_loss": f"{report.average_loss:.4f}"}
+        for name, short in (("video", "loss_v"), ("audio", "loss_a")):
+            value = report.losses.get(name)
+            shown[short] = "n/a" if value is None else f"{value:.4f}"
+        return shown
+
+
+def windows(views: Iterable[T], size: int) -> Iterator[Iterator[T]]:
+    """Consecutive groups of up to ``size``; each group must be used up before the next is asked for."""
+    source = iter(views)
+
+    def rest(first: T) -> Iterator[T]:
+        yield first
+        for _ in range(size - 1):
+            try:
+                yield next(source)
+            except StopIteration:
+                return
+
+    for first in source:
+        yield rest(first)
+
+
+class Lookahead(Iterator[T]):
+    """An iterator whose next item can be made early.
+
+    Launching a forward and backward pass returns before the device is done; the next batch's noise and copies
+    are made in that time, before the results are waited for.
+    """
+
+    def __init__(self, source: Iterable[T]) -> None:
+        self._source = iter(source)
+        self._ready: list[T] = []
+
+    def prepare(self) -> None:
+        """Make the next item now, if there is one."""
+        if not self._ready:
+            self._ready.extend(itertools.islice(self._source, 1))
+
+    def __next__(self) -> T:
+        self.prepare()
+        if not self._ready:
+            raise StopIteration
+        return self._ready.pop()

@@ -1,0 +1,160 @@
+"""Flags, config files and their errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from musubi_tuner.cli.entry import entry
+from musubi_tuner.cli.parser import flag_specs, parse
+from musubi_tuner.common.errors import ConfigErrors, UserError
+from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig
+from musubi_tuner.config.flag import flag
+from musubi_tuner.config.sampling import GenerateVideoConfig
+from musubi_tuner.config.training import TrainNetworkConfig
+
+
+@dataclass(frozen=True)
+class Group:
+    """Things."""
+
+    path: Path | None = flag(None, "a path")
+    mode: Literal["video", "av"] = flag("video", "a choice", aliases=["the_mode"], values={"v": "video", "va": "av"})
+    count: int = flag(3, "a number")
+    rate: float = flag(0.5, "a rate")
+    fast: bool = flag(False, "a switch")
+    convert: bool = flag(True, "a switch that is on")
+    names: tuple[str, ...] = flag((), "a list")
+
+
+@dataclass(frozen=True)
+class Config:
+    group: Group = Group()
+
+
+def read(*argv: str):
+    return parse(Config, argv, prog="x.py", description="")
+
+
+def test_defaults_are_not_explicit():
+    parsed = read()
+    assert parsed.config == Config()
+    assert parsed.explicit == frozenset()
+
+
+def test_every_kind_of_value():
+    parsed = read(
+        "--path",
+        "a b/c",
+        "--mode",
+        "va",
+        "--count",
+        "7",
+        "--rate",
+        "1e-4",
+        "--fast",
+        "--no_convert",
+        "--names",
+        "p=1",
+        "q=2",
+    )
+    assert parsed.config.group == Group(Path("a b/c"), "av", 7, 1e-4, True, False, ("p=1", "q=2"))
+    assert parsed.explicit == {"path", "mode", "count", "rate", "fast", "convert", "names"}
+
+
+def test_dashes_and_aliases_and_no_forms():
+    assert read("--the-mode=va").config.group.mode == "av"
+    assert read("--no-convert").config.group.convert is False
+    assert read("--fast", "--no-fast").config.group.fast is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cuont", "3"], "unknown flag --cuont (did you mean --count?)"),
+        (["--count", "x"], "--count: expected an integer, got 'x'"),
+        (["--mode", "vid"], "expected one of video, av"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--coun", "3"], "unknown flag --coun"),  # no abbreviations
+    ],
+)
+def test_bad_flags_are_one_message(argv: list[str], message: str):
+    with pytest.raises(UserError) as caught:
+        read(*argv)
+    assert message in str(caught.value)
+
+
+def test_config_file_is_typed_and_the_command_line_wins(tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_text('the_mode = "va"\nno_convert = true\n[any]\ncount = 9\nrate = 2\nnames = "one"\n', encoding="utf-8")
+    parsed = read("--config_file", str(file), "--count", "1")
+    assert parsed.config.group == Group(mode="av", count=1, rate=2.0, convert=False, names=("one",))
+    assert "mode" in parsed.explicit
+
+
+def test_config_file_suffix_is_optional(tmp_path: Path):
+    (tmp_path / "run.toml").write_text("count = 9\n", encoding="utf-8")
+    assert read("--config_file", str(tmp_path / "run")).config.group.count == 9
+
+
+def test_config_file_reports_all_problems(tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_text('cuont = 1\ncount = "x"\nfast = "yes"\nrate = true\n[a.b]\nz = 1\n', encoding="utf-8")
+    with pytest.raises(ConfigErrors) as caught:
+        read("--config_file", str(file))
+    text = str(caught.value)
+    for part in (
+        "unknown key 'cuont' (did you mean 'count'?)",
+        "count: expected an integer",
+        "fast: expected true or false",
+        "rate: expected a number",
+        "[a.b] is nested too deep",
+    ):
+        assert part in text
+    assert len(caught.value.problems) == 5
+
+
+@pytest.mark.parametrize("content", ["count = ", b"\xff\xfe\x00"])
+def test_broken_config_file_names_itself(tmp_path: Path, content):
+    file = tmp_path / "run.toml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match="run.toml"):
+        read("--config_file", str(file))
+    with pytest.raises(UserError, match="not found"):
+        read("--config_file", str(tmp_path / "missing.toml"))
+
+
+def test_config_file_repeating_a_flag_is_an_error(tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_text('mode = "av"\nthe_mode = "video"\n', encoding="utf-8")
+    with pytest.raises(UserError, match="'the_mode' repeats 'mode'"):
+        read("--config_file", str(file))
+
+
+@pytest.mark.parametrize("config", [TrainNetworkConfig, CacheLatentsConfig, CacheTextConfig, GenerateVideoConfig])
+def test_no_flag_is_declared_twice(config: type):
+    spellings = [s for spec in flag_specs(config) for s in (*spec.spellings, *spec.negations)]
+    assert len(spellings) == len(set(spellings))
+
+
+def test_entry_turns_errors_into_exit_codes(capsys: pytest.CaptureFixture[str]):
+    @entry(Config, "test", rules=[lambda p: ["--count: too many"] if p.config.group.count > 5 else []])
+    def main(parsed):
+        if parsed.config.group.fast:
+            raise UserError("cannot go fast")
+        return 1 if parsed.config.group.names else None
+
+    main([])
+    for argv, code, text in [
+        (["--fast"], 2, "error: cannot go fast"),
+        (["--count", "6"], 2, "error: --count: too many"),
+        (["--names", "a"], 1, ""),
+        (["--x"], 2, "unknown flag --x"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == code
+        assert text in capsys.readouterr().err

@@ -1,0 +1,71 @@
+"""Fixtures shared by all tests: the demo's assets and caches, made once for all workers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers on two cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of a test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def _once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """``folder`` after ``make`` has filled it, once over all workers."""
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete").exists():
+            make(folder)
+            (folder / "complete").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_assets(shared_folder: Path):
+    """``demo_assets("2.3")``: the demo's checkpoint, Gemma and clips. Read only: copy what a test changes."""
+    from musubi_tuner.demo.assets import asset_paths, write_assets
+
+    def get(version: str = "2.3"):
+        folder = _once(shared_folder / f"assets-{version}", lambda f: write_assets(f, version))
+        return asset_paths(folder)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def cached_demo(shared_folder: Path, demo_assets):
+    """``cached_demo("2.3", "av")``: the assets, with clips and captions cached in ``cache``. Read only."""
+    from musubi_tuner.demo.assets import asset_paths
+
+    def get(version: str = "2.3", mode: str = "av"):
+        def make(folder: Path) -> None:
+            shutil.copytree(demo_assets(version).checkpoint.parent, folder, dirs_exist_ok=True)
+            (folder / "complete").unlink()
+            run_caching(asset_paths(folder), mode)
+
+        return asset_paths(_once(shared_folder / f"cached-{version}-{mode}", make))
+
+    return get
+
+
+def run_caching(assets, mode: str) -> None:
+    """Both caching scripts over a demo dataset."""
+    from musubi_tuner.ltx2_cache_latents import main as cache_latents
+    from musubi_tuner.ltx2_cache_text_encoder_outputs import main as cache_text
+
+    common = ["--dataset_config", str(assets.dataset), "--ltx2_checkpoint", str(assets.checkpoint)]
+    common += ["--ltx2_mode", mode]
+    cache_latents([*common, "--vae_dtype", "fp32", "--num_workers", "1"])
+    prompts = ["--precache_sample_prompts", "--sample_prompts", str(assets.prompts)]
+    cache_text([*common, "--gemma_root", str(assets.gemma), *prompts])

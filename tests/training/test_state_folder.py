@@ -1,0 +1,174 @@
+"""State folders: exact, whole or absent, and free of anything that executes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.training.optimizers import create_optimizer
+from musubi_tuner.training.state import (
+    Progress,
+    find_latest_state,
+    load_network_tensors,
+    read_progress,
+    restore_optimizer,
+    save_state,
+)
+
+
+class Net(torch.nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a = torch.nn.Linear(96, 64)
+        self.b = torch.nn.Linear(64, 80)
+        self.unused = torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def groups(net: Net) -> list[dict]:
+    return [
+        {"params": [*net.a.parameters(), *net.unused.parameters()], "lr": 1e-2, "label": "first"},
+        {"params": list(net.b.parameters()), "lr": 1e-3, "label": "second"},
+    ]
+
+
+def names(net: Net, optimizer) -> list[str]:
+    by_id = {id(p): n for n, p in net.named_parameters()}
+    return [by_id[id(p)] for g in optimizer.param_groups for p in g["params"]]
+
+
+def steps(net: Net, optimizer, start: int, stop: int) -> None:
+    for i in range(start, stop):
+        x = torch.randn(8, 96, generator=torch.Generator().manual_seed(i))
+        net(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "AdamW8bit", "Adafactor", "torch.optim.RMSprop"])
+def test_restored_optimizer_continues_bit_for_bit(tmp_path: Path, kind: str):
+    args = {
+        "Adafactor": ["relative_step=False", "scale_parameter=False"],
+        "AdamW8bit": ["min_8bit_size=64"],
+    }.get(kind, [])
+    straight = Net(0)
+    optimizer = create_optimizer(kind, groups(straight), args)
+    steps(straight, optimizer, 0, 4)
+    save_state(
+        tmp_path / "x-state",
+        progress=Progress(seed=3, global_step=4, epoch_losses=[0.1, 0.2]),
+        network=straight.state_dict(),
+        optimizer=optimizer,
+        parameter_names=names(straight, optimizer),
+        settings={"mode": "av"},
+    )
+    steps(straight, optimizer, 4, 8)
+
+    resumed = Net(1)
+    other = create_optimizer(kind, groups(resumed), args)
+    progress, settings, scalars = read_progress(tmp_path / "x-state")
+    resumed.load_state_dict(load_network_tensors(tmp_path / "x-state"))
+    restore_optimizer(tmp_path / "x-state", scalars, other, names(resumed, other))
+    steps(resumed, other, 4, 8)
+
+    assert (progress.seed, progress.global_step, progress.epoch_losses) == (3, 4, [0.1, 0.2])
+    assert settings == {"mode": "av"}
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def saved(folder: Path, step: int = 1) -> Net:
+    net = Net(0)
+    optimizer = create_optimizer("AdamW", groups(net))
+    steps(net, optimizer, 0, 1)
+    save_state(
+        folder,
+        progress=Progress(seed=0, global_step=step),
+        network=net.state_dict(),
+        optimizer=optimizer,
+        parameter_names=names(net, optimizer),
+        settings={},
+    )
+    return net
+
+
+def test_folder_holds_only_safetensors_and_json(tmp_path: Path):
+    saved(tmp_path / "x-state")
+    assert sorted(p.name for p in (tmp_path / "x-state").iterdir()) == [
+        "network.safetensors",
+        "optimizer.safetensors",
+        "training_state.json",
+    ]
+    json.loads((tmp_path / "x-state" / "training_state.json").read_text(encoding="utf-8"))
+    assert [p.name for p in tmp_path.iterdir()] == ["x-state"]
+
+
+def test_a_failed_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saved(tmp_path / "x-state", step=1)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("musubi_tuner.training.state.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        saved(tmp_path / "x-state", step=2)
+    assert read_progress(tmp_path / "x-state")[0].global_step == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["x-state"]
+
+
+def test_latest_state_is_the_highest_complete_one(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for name, step in (("run-step00000010-state", 10), ("run-step00000020-state", 20), ("other-state", 99)):
+        saved(tmp_path / name, step)
+    (tmp_path / "run-step00000030-state").mkdir()
+    broken = tmp_path / "run-state"
+    broken.mkdir()
+    (broken / "training_state.json").write_text("{", encoding="utf-8")
+    assert find_latest_state(tmp_path, "run") == tmp_path / "run-step00000020-state"
+    assert "run-state" in caplog.text
+    assert find_latest_state(tmp_path, "nothing") is None
+
+
+def test_wrong_things_to_resume_from(tmp_path: Path):
+    file = tmp_path / "lora.safetensors"
+    file.write_bytes(b"x")
+    with pytest.raises(UserError, match="--network_weights"):
+        read_progress(file)
+    with pytest.raises(UserError, match="is not a folder"):
+        read_progress(tmp_path / "missing")
+    (tmp_path / "foreign").mkdir()
+    with pytest.raises(UserError, match="has no training_state.json"):
+        read_progress(tmp_path / "foreign")
+
+
+def test_other_optimizer_or_network_is_refused(tmp_path: Path):
+    saved(tmp_path / "x-state")
+    _, _, scalars = read_progress(tmp_path / "x-state")
+    net = Net(0)
+    sgd = create_optimizer("SGD", groups(net))
+    with pytest.raises(UserError, match="AdamW.*SGD"):
+        restore_optimizer(tmp_path / "x-state", scalars, sgd, names(net, sgd))
+    adamw = create_optimizer("AdamW", groups(net)[:1])
+    with pytest.raises(UserError, match="network flags"):
+        restore_optimizer(tmp_path / "x-state", scalars, adamw, names(net, adamw))
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "message"),
+    [
+        ("AdamWW", [], "torch.optim has no class AdamWW"),
+        ("nowhere.Opt", [], "pip install nowhere"),
+        ("AdamW", ["betas"], "expected key=value"),
+        ("AdamW", ["bates=(0.9,0.99)"], "bates"),
+    ],
+)
+def test_bad_optimizer_flags(kind: str, args: list[str], message: str):
+    with pytest.raises(UserError) as caught:
+        create_optimizer(kind, groups(Net(0)), args)
+    assert message in str(caught.value)

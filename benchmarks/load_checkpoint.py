@@ -7,8 +7,8 @@ bf16), then loads the video-only transformer from it, each way in a process of i
 * safetensors: ``safetensors.torch.load_file``, then the wanted tensors are kept and the rest is dropped.
 
 The peak is that of the resident set over what the process had before loading; pages of a mapped file count,
-as they do for the limits of a container. Files are read once beforehand, so both read from the page cache
-where it is large enough.
+as they do for the limits of a container. The file is on the disk and has been read once before anything is
+measured, so both read from the page cache where that is large enough. Times are the best of three.
 
     python benchmarks/load_checkpoint.py --size_gb 4
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ from musubi_tuner.models.ltx2.keys import in_mode, transformer_keys
 from musubi_tuner.models.ltx2.load import build_transformer, load_transformer
 
 GB = 1e9
+REPEATS = 3
 PREFIX = "model.diffusion_model."
 
 
@@ -88,9 +90,7 @@ def write_synthetic(path: Path, size: float) -> None:
 
 
 def load_ours(path: Path) -> int:
-    model = load_transformer(
-        Checkpoint.open(path), mode="video", dtype=torch.bfloat16, device="cpu", progress=False
-    )
+    model = load_transformer(Checkpoint.open(path), mode="video", dtype=torch.bfloat16, device="cpu", progress=False)
     return sum(p.nbytes for p in model.parameters())
 
 
@@ -117,7 +117,7 @@ def measure(load, path: Path) -> dict[str, float]:
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.002):
+        while not done.wait(0.02):
             peak = max(peak, process.memory_info().rss)
 
     watcher = threading.Thread(target=watch)
@@ -131,22 +131,28 @@ def measure(load, path: Path) -> dict[str, float]:
 
 
 def report(path: Path) -> None:
+    with path.open("rb+", buffering=0) as file:
+        os.fsync(file.fileno())  # or the first one measured shares the disk with the writing
+        buffer = bytearray(2**24)
+        while file.readinto(buffer):
+            pass
     rows = []
     for way in WAYS:
-        with path.open("rb", buffering=0) as file:  # warm the page cache alike for both
-            buffer = bytearray(2**24)
-            while file.readinto(buffer):
-                pass
         command = [sys.executable, __file__, "--one", way, "--file", str(path)]
-        result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        runs = [
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            for _ in range(REPEATS)
+        ]
+        kept, peak = runs[0]["kept"], max(run["peak"] for run in runs)
+        seconds = min(run["seconds"] for run in runs)
         rows.append(
             [
                 way,
-                f"{result['kept'] / GB:.2f} GB",
-                f"{result['peak'] / GB:.2f} GB",
-                f"{result['peak'] / result['kept']:.2f}",
-                f"{result['seconds']:.1f} s",
-                f"{result['kept'] / GB / result['seconds']:.2f} GB/s",
+                f"{kept / GB:.2f} GB",
+                f"{peak / GB:.2f} GB",
+                f"{peak / kept:.2f}",
+                f"{seconds:.2f} s",
+                f"{kept / GB / seconds:.2f} GB/s",
             ]
         )
     title = f"video-only transformer out of a file of {path.stat().st_size / GB:.2f} GB"

@@ -12,6 +12,7 @@ from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 
 RECIPE = TextRecipe("av", "connectors id", "gemma id")
+PLAIN = RunOptions(workers=2)
 SKIP = RunOptions(skip_existing=True)
 
 
@@ -25,7 +26,7 @@ def entry(tmp_path: Path) -> DatasetEntry:
     return DatasetEntry("datasets[0]", "video", folder, tmp_path / "cache", batch_size=2)
 
 
-def _run(entry: DatasetEntry, recipe: TextRecipe = RECIPE, options: RunOptions = RunOptions(), encoder=None):
+def _run(entry: DatasetEntry, recipe: TextRecipe = RECIPE, options: RunOptions = PLAIN, encoder=None):
     return cache_text(
         DatasetConfig((entry,), (), Path("data.toml")), recipe, lambda: encoder or FakeTextEncoder(), options=options
     )

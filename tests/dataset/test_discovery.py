@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_without_its_sources_a_dataset_is_all_that_is_cached(source: Path, missi
     _write(entry, "a")
     _write(entry, "b", start=9)
     where = None if missing == "cache_only" else source / "moved"
-    training_set = _discover(_entry(source, source=where, cache_only=where is None))
+    training_set = _discover(replace(entry, source=where, cache_only=where is None))
     assert [item.base for item in training_set.items()] == ["a_00000-009", "b_00009-009"]
 
 
@@ -190,7 +191,7 @@ def test_changed_settings_are_refused(source: Path, change: dict, cause: str) ->
         _check(training_set)
     assert len(error.value.problems) == 1
     assert "a_00000-009, b_00000-009" in error.value.problems[0]
-    assert "python ltx2_cache_latents.py --dataset_config \"my data.toml\" --ltx2_checkpoint" in str(error.value)
+    assert 'python ltx2_cache_latents.py --dataset_config "my data.toml" --ltx2_checkpoint' in str(error.value)
 
 
 def test_leftovers_beside_current_caches_are_ignored(source: Path, caplog) -> None:
@@ -252,6 +253,23 @@ def test_a_changed_caption_is_refused(source: Path) -> None:
         _check(_discover(entry))
 
 
+def test_sound_of_an_older_source_is_refused(source: Path) -> None:
+    entry = _entry(source)
+    metadata = _made(source)
+    metadata["audio"] = metadata["audio"] | {"source_mtime_ns": "1"}
+    _write(entry, "a", audio_steps=3, metadata=metadata)
+    with pytest.raises(ConfigErrors, match="sound and picture were cached from different states"):
+        _check(_discover(entry))
+    _check(_discover(entry, "video"))
+
+
+def test_the_repairing_command_can_be_pasted() -> None:
+    latents = 'python ltx2_cache_latents.py --dataset_config "my data.toml" --ltx2_checkpoint ltx2.safetensors'
+    assert COMMANDS["latents"] == f"{latents} --ltx2_mode av --skip_existing"
+    assert COMMANDS["text"].endswith("--ltx2_mode av --gemma_root gemma --skip_existing")
+    assert COMMANDS["text anew"].endswith("--ltx2_mode av --gemma_root gemma")
+
+
 def test_latents_of_another_mode_are_refused(source: Path) -> None:
     entry = _entry(source)
     metadata = _made(source)
@@ -276,7 +294,9 @@ def test_foreign_caches_are_used_with_a_warning_when_shapes_fit(source: Path, ca
     with caplog.at_level(logging.WARNING):
         _check(_discover(entry))
     assert "a_00000-009: caches without a record of the checkpoint" in caplog.text
-    with pytest.raises(ConfigErrors, match="text cache has video width 5, this checkpoint needs 7"):
+    with pytest.raises(
+        ConfigErrors, match=r"have the width 5 \(video\) and 3 \(audio\), .* needs 7 \(video\) and 3 \(audio\)"
+    ):
         _check(_discover(entry), text_widths=AV(7, 3))
 
 
@@ -287,7 +307,7 @@ def test_old_text_caches_fit_by_the_sum_of_their_widths(source: Path) -> None:
     training_set = _discover(entry, legacy_text_widths=WIDTHS)
     _check(training_set)
     assert training_set.legacy_text_widths == WIDTHS
-    with pytest.raises(ConfigErrors, match="text cache has video width 8, this checkpoint needs 4"):
+    with pytest.raises(ConfigErrors, match=r"have the width 8, this checkpoint needs 4 \(video\)"):
         _check(training_set, text_widths=AV(4, 3))
 
 

@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,14 @@ def test_workers_change_neither_order_nor_content(cached: TrainingSet) -> None:
     assert second == [_content(b) for b in BatchLoader(plan).epoch(2)]
     assert second != alone
     assert len(alone) == loader.batches_per_epoch()
+
+
+def test_what_workers_need_can_be_sent_to_them(cached: TrainingSet) -> None:
+    # Where processes are spawned (Windows), everything they use is pickled.
+    plan = BatchPlan(cached, seed=3)
+    loader = BatchLoader(plan)
+    copy, specs = pickle.loads(pickle.dumps((loader._loader.dataset, plan.for_epoch(1))))
+    assert [_content(copy[spec]) for spec in specs] == [_content(b) for b in loader.epoch(1)]
 
 
 def test_resuming_within_an_epoch_reads_only_what_is_left(cached: TrainingSet, monkeypatch) -> None:

@@ -156,8 +156,15 @@ def test_configuration_from_shapes_has_the_rope_factor(folder, tmp_path):
     file = SafetensorsFile(single_file(folder, tmp_path / "gemma.safetensors"))
     config = _config_from_shapes({n: i for k, i in file.tensors.items() if (n := language_model_name(k))})
     original = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim"):
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ):
         assert getattr(config, key) == original[key]
     assert config.rope_parameters["full_attention"]["factor"] == 8
     assert config.rope_parameters["full_attention"]["rope_theta"] == 1e6

@@ -124,7 +124,7 @@ class _DatasetRun:
         self.summary = summary
         self.produced: set[CacheName] = set()
         self.lengths: dict[int, int] = defaultdict(int)  # videos by clip length
-        self.videos = 0
+        self.videos = 0  # read to their end
         self.groups = _Groups(options.batch_size or entry.batch_size)
         # Read once: which caches each source has now.
         self.existing: dict[str, list[CacheName]] = defaultdict(list)
@@ -138,7 +138,6 @@ class _DatasetRun:
         listing = list_items(entry)
         if listing.problems:
             logger.warning("%s: %s", label, summarize_problems(listing.problems))
-        self.videos = sum(item.kind == "video" for item in listing.items)
         streams = read_ahead(
             listing.items,
             self._prepare,
@@ -147,9 +146,11 @@ class _DatasetRun:
         )
         with progress(total=len(listing.items), desc=f"{label} ({entry.kind})", unit="file") as bar:
             for item, results in streams:
-                lengths = set()
+                lengths, failed = set(), False
                 for result in results:
                     lengths |= self._take(item, result)
+                    failed = failed or isinstance(result, Failed)
+                self.videos += item.kind == "video" and not failed
                 for length in lengths:
                     self.lengths[length] += 1
                 bar.update()

@@ -175,7 +175,7 @@ class Summary:
 
     def __init__(self) -> None:
         self._tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
-        self.failures: list[tuple[str, str]] = []  # (name, reason)
+        self.failures: list[str] = []  # "name: reason"
         self.silent: list[str] = []  # clips without sound, where sound was asked for
         self.reasons: Counter[str] = Counter()  # why files were made again
         self.needless = 0  # files made again although they were current
@@ -187,9 +187,10 @@ class Summary:
     def fail(self, dataset: str, modality: str, name: str, error: Exception) -> None:
         """Count a failure and log its reason in one line."""
         self.tally(dataset, modality).failed += 1
-        reason = str(error).strip() if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: {error}"
-        self.failures.append((name, reason.splitlines()[0] if reason else type(error).__name__))
-        logger.error("%s: %s", name, self.failures[-1][1])
+        text = str(error) if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: {error}"
+        reason = next(iter(text.strip().splitlines()), type(error).__name__)
+        self.failures.append(reason if name in reason else f"{name}: {reason}")
+        logger.error("%s", self.failures[-1])
         logger.debug("traceback", exc_info=error)
 
     def count_reasons(self, reasons: Iterable[str | None]) -> None:
@@ -218,8 +219,8 @@ class Summary:
             logger.info("%d of %d files were current already; --skip_existing keeps such files", self.needless, total)
         if self.silent:
             logger.warning("%d clips without sound: %s", len(self.silent), _shown(self.silent))
-        for name, reason in self.failures[:_FAILURES_SHOWN]:
-            logger.error("failed: %s: %s", name, reason)
+        for failure in self.failures[:_FAILURES_SHOWN]:
+            logger.error("failed: %s", failure)
         if len(self.failures) > _FAILURES_SHOWN:
             logger.error("and %d more failed", len(self.failures) - _FAILURES_SHOWN)
         for label in self.empty:

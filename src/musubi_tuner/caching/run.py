@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,9 +62,10 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
         _set_memory_options(video_vae, config)
     if mode != "video":
         audio_vae = load_audio_vae(checkpoint, dtype=recipe.audio_dtype, device=device)
-    summary = cache_latents(
-        datasets, recipe, video_vae=video_vae, audio_vae=audio_vae, options=_options(config.dataset)
-    )
+    with _resumable():
+        summary = cache_latents(
+            datasets, recipe, video_vae=video_vae, audio_vae=audio_vae, options=_options(config.dataset)
+        )
     return summary.finish(allow_failed=config.dataset.allow_failed)
 
 
@@ -70,6 +73,8 @@ def _latent_recipe(
     config: CacheLatentsConfig, mode: Mode, checkpoint: Checkpoint, vae_checkpoint: Checkpoint
 ) -> LatentRecipe:
     audio = config.audio
+    if mode == "audio" and audio.audio_only_target_resolution and audio.audio_only_sequence_resolution:
+        logger.warning("--audio_only_target_resolution acts only with --audio_only_sequence_resolution 0")
     audio_dtype = parse_dtype(audio.ltx2_audio_dtype)
     placeholder = parse_dtype(audio.audio_video_latent_dtype) if audio.audio_video_latent_dtype else audio_dtype
     return LatentRecipe(
@@ -125,7 +130,8 @@ def run_cache_text(config: CacheTextConfig) -> int:
     def encoder() -> Encoder:
         return _load_text_encoder(config, checkpoint, dtype, device)
 
-    summary = cache_text(datasets, recipe, encoder, options=_options(config.dataset))
+    with _resumable():
+        summary = cache_text(datasets, recipe, encoder, options=_options(config.dataset))
     if config.text.precache_sample_prompts:
         assert config.text.sample_prompts is not None
         path = config.text.sample_prompts_cache or sample_prompts_path(datasets)
@@ -170,6 +176,16 @@ def _gemma_id(gemma: GemmaConfig) -> str:
 
 def _options(config: DatasetRunConfig) -> RunOptions:
     return RunOptions(config.batch_size, config.num_workers, config.skip_existing, config.keep_cache)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Say how an interrupted run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.warning("interrupted; every file written so far is complete, --skip_existing continues from here")
+        raise
 
 
 def _device(name: str | None) -> torch.device:

@@ -30,11 +30,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             # moment either the old or the new one exists under some name.
             aside = target.with_name(f"{target.name}{_MARK}{uuid.uuid4().hex[:8]}.old")
             if target.exists():
-                os.replace(target, aside)
-            os.replace(temporary, target)
+                target.replace(aside)
+            temporary.replace(target)
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            os.replace(temporary, target)
+            temporary.replace(target)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

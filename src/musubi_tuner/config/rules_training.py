@@ -87,6 +87,8 @@ def ranges(config: TrainNetworkConfig) -> Iterable[str]:
     yield from (f"--{k}: expected 0 to 1, got {v}" for k, v in shares.items() if not 0 <= v <= 1)
     if not 0 <= timestep.shifted_logit_eps <= 0.499:
         yield f"--shifted_logit_eps: expected 0 to 0.499, got {timestep.shifted_logit_eps}"
+    if data.audio_only_sequence_resolution != 0 and data.audio_only_sequence_resolution < 32:
+        yield f"--audio_only_sequence_resolution: expected 0 or 32 and more, got {data.audio_only_sequence_resolution}"
     low, high = timestep.min_timestep or 0, 1000 if timestep.max_timestep is None else timestep.max_timestep
     if not 0 <= low < high <= 1000:
         yield f"--min_timestep {low} --max_timestep {high}: expected 0 <= min < max <= 1000"

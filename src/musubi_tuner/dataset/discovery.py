@@ -172,6 +172,9 @@ class _Search:
             return
         if audio is None:
             self.found.soundless.append(name.base)
+        elif _made_from_other_states(latents.metadata, audio.metadata):
+            cause = "sound and picture were cached from different states of the source file"
+            self.found.problems.append(CacheProblem(cause, name.base, "latents"))
         is_video = self.entry.kind == "video"
         fps = float(latents.metadata.get("target_fps", self.entry.target_fps)) if is_video else IMAGE_FPS
         self.found.items.append(
@@ -221,6 +224,12 @@ class _Search:
         except UserError as error:
             self.found.problems.append(CacheProblem(f"unreadable cache: {error}", name.base, repair))
             return None
+
+
+def _made_from_other_states(latents: Mapping[str, str], audio: Mapping[str, str]) -> bool:
+    """Whether one file gave both and changed in between (mode video was cached again, mode av was not)."""
+    same_file = "source_name" in latents and latents["source_name"] == audio.get("source_name")
+    return same_file and latents.get("source_mtime_ns") != audio.get("source_mtime_ns")
 
 
 @lru_cache(maxsize=4096)

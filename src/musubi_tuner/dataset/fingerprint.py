@@ -123,12 +123,13 @@ class RepairCommands:
     gemma: tuple[str, ...] = field(default_factory=tuple)  # ("--gemma_root", "/models/gemma")
 
     def __getitem__(self, repair: Repair) -> str:
-        script = {"latents": "ltx2_cache_latents.py", "text": "ltx2_cache_text_encoder_outputs.py"}[repair]
+        text = repair != "latents"
         parts = [
-            *("python", script, "--dataset_config", self.dataset_config),
-            *("--ltx2_checkpoint", self.ltx2_checkpoint, "--ltx2_mode", self.mode),
-            *((self.gemma or ("--gemma_root", "<folder>")) if repair == "text" else ()),
-            "--skip_existing",
+            *("python", "ltx2_cache_text_encoder_outputs.py" if text else "ltx2_cache_latents.py"),
+            *("--dataset_config", self.dataset_config, "--ltx2_checkpoint", self.ltx2_checkpoint),
+            *("--ltx2_mode", self.mode),
+            *((self.gemma or ("--gemma_root", "<folder>")) if text else ()),
+            *(() if repair == "text anew" else ("--skip_existing",)),
         ]
         return " ".join(f'"{part}"' if " " in str(part) else str(part) for part in parts)
 
@@ -153,9 +154,10 @@ def check_caches(
     """
     problems = [*training_set.problems]
     for item in training_set.items():
-        problems += _encoder_problems(item, encoders, training_set.mode)
-        if text_widths is not None:
-            problems += _width_problems(item, text_widths, training_set.mode)
+        found = _encoder_problems(item, encoders, training_set.mode)
+        if text_widths is not None and not any(problem.repair == "text" for problem in found):
+            found += _width_problems(item, text_widths, training_set.mode)
+        problems += found
     if problems:
         raise ConfigErrors(
             [_describe(group, commands) for group in _by_cause(problems)],
@@ -199,18 +201,20 @@ def _encoder_problems(item: CachedItem, encoders: EncoderIds, mode: str) -> list
 
 
 def _width_problems(item: CachedItem, expected: AV[int], mode: str) -> list[CacheProblem]:
-    problems = []
-    for modality, width in expected.items():
-        found = item.text_widths[modality]
-        if mode not in ("av", modality) or found == width:
-            continue
-        if found is None and item.legacy_text_width is not None:
-            if legacy_slice(item.legacy_text_width, modality, expected) is not None:
-                continue
-            found = item.legacy_text_width
-        cause = f"text cache has {modality} width {found or 'none'}, this checkpoint needs {width}"
-        problems.append(CacheProblem(cause, item.base, "text"))
-    return problems
+    """At most one: text embeddings of other widths than the transformer reads."""
+    needed = [(modality, width) for modality, width in expected.items() if mode in ("av", modality)]
+    if item.legacy_text_width is not None and not item.text_widths:
+        if all(legacy_slice(item.legacy_text_width, modality, expected) is not None for modality, _ in needed):
+            return []
+        found = str(item.legacy_text_width)
+    else:
+        # A part that is missing altogether is discovery's to report.
+        if all(item.text_widths[modality] in (width, None) for modality, width in needed):
+            return []
+        found = " and ".join(f"{item.text_widths[modality]} ({modality})" for modality, _ in needed)
+    wanted = " and ".join(f"{width} ({modality})" for modality, width in needed)
+    cause = f"text embeddings have the width {found}, this checkpoint needs {wanted}"
+    return [CacheProblem(cause, item.base, "text anew")]
 
 
 def _warn_unchecked(training_set: TrainingSet, encoders: EncoderIds) -> None:

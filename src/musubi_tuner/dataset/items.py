@@ -14,7 +14,8 @@ from .cache import Grid
 Mode = Literal["video", "av", "audio"]
 DatasetKind = Literal["video", "image", "audio"]
 AudioStrategy = Literal["pad", "truncate"]
-Repair = Literal["latents", "text"]  # the caching script that puts it right
+# The caching script that puts it right; "text anew": with --skip_existing it would keep the file.
+Repair = Literal["latents", "text", "text anew"]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """A tiny random checkpoint in the official single-file layout, with true metadata.
 
 Latents have the real channel counts (128 video, 8 x 16 audio), so that caches, samplers and the LoRA path run
-as they do on the real model. Weights are random, but arranged so that the transformer learns: gates are open
-and the output head undoes the input projection. The video decoder's last convolution is fitted to the demo
-clips, so that previews show colours and shapes instead of noise.
+as they do on the real model. The transformer is random, but arranged so that it learns: gates are open and the
+output head undoes the input projection. The video VAE is a working autoencoder of coarse mosaics, so that
+previews show what was learned; audio VAE, vocoder and connectors are random.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from musubi_tuner.models.video_vae_layout import diffusers_config, to_official_n
 
 from .fit import fit_audio_statistics, fit_video_vae
 from .gemma import HIDDEN_SIZE, NUM_LAYERS
+from .mosaic import make_mosaic
 from .sections import official_config
 
 TRANSFORMER_PREFIX = "model.diffusion_model."
@@ -124,10 +125,11 @@ def _connector_shapes(section: Mapping[str, Any]) -> dict[str, TensorInfo]:
 
 
 def build_video_vae(section: Mapping[str, Any], clips: Sequence[Path] = ()) -> dict[str, Tensor]:
-    """Official keys of a random video VAE, with its statistics and last layer fitted to ``clips``."""
+    """Official keys of the mosaic video VAE, with its statistics and last layer fitted to ``clips``."""
     config = diffusers_config(section)
     vae = AutoencoderKLLTX2Video(**config)
     randomise(vae, "video vae")
+    make_mosaic(vae)
     if clips:
         fit_video_vae(vae, clips)
     tensors = {f"vae.{to_official_name(name, config)}": t for name, t in vae.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Fit what little of the random VAEs can be fitted in closed form, so that the demo's latents and previews behave."""
+"""Fit in closed form what the demo's VAEs need: the statistics of their latents and the decoder's last layer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _RIDGE = 1e-3
 def fit_video_vae(vae: AutoencoderKLLTX2Video, clips: Sequence[Path]) -> None:
     """Give the latents of ``clips`` zero mean and unit deviation, and fit the decoder's last convolution.
 
-    The convolution sees a random nonlinear function of the latents; ridge regression of the pixels on it gives
-    a rough picture.
+    The convolution sees the mosaic of colours (see :mod:`.mosaic`); ridge regression of the pixels on it finds
+    their scale and smooths the edges.
     """
     vae.eval()
     pixels = torch.cat([_read_pixels(clip) for clip in clips])  # [B, 3, F, H, W]
@@ -32,7 +32,6 @@ def fit_video_vae(vae: AutoencoderKLLTX2Video, clips: Sequence[Path]) -> None:
     convolution = vae.decoder.conv_out
     inputs: list[Tensor] = []
     hook = convolution.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    # What will be decoded has passed through the statistics as they are stored.
     for clip in latents:
         vae.decode(clip[None])
     hook.remove()

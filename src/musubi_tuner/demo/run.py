@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -199,8 +200,8 @@ def _report(
         curves=_loss_curves(output_dir / "logs"),
         samples={
             "Training clips": [Sample(p, p.with_suffix(".txt").read_text(encoding="utf-8").strip()) for p in sources],
-            "Previews during training": [Sample(p, p.stem) for p in previews],
-            "Generated with the merged LoRA": [Sample(p, p.stem) for p in generated],
+            "Previews during training": _previews(previews),
+            "Generated with the merged LoRA": [Sample(p, f"prompt {i}") for i, p in enumerate(generated)],
         },
         settings={
             "version": version,
@@ -217,6 +218,17 @@ def _report(
         },
         steps=done,
     )
+
+
+def _previews(paths: Sequence[Path]) -> list[Sample]:
+    """In order of training: ``demo_lora_000075_01_<time>_<seed>`` is step 75, prompt 1; ``e000000`` came before it."""
+    found = []
+    for path in paths:
+        match = re.search(r"_(e?)(\d{6})_(\d\d)_\d{14}", path.stem)
+        position, index = (int(match[2]), int(match[3])) if match else (0, 0)
+        moment = "before training" if match and match[1] else f"step {position}"
+        found.append((position, index, Sample(path, f"{moment}, prompt {index}")))
+    return [sample for _, _, sample in sorted(found, key=lambda entry: entry[:2])]
 
 
 def _loss_curves(logs: Path) -> dict[str, list[Curve]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import secrets
 from collections.abc import Sequence
@@ -13,18 +12,17 @@ import torch
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.errors import ConfigErrors, UserError
-from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.config.sampling import GenerateLoraConfig, GenerateVideoConfig
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.models.text_encoder import load_text_encoder
 from musubi_tuner.networks.formats import load_lora
 from musubi_tuner.networks.lora_ltx2 import create_network_from_weights
 
 from .decode import Decoders
-from .prompt_cache import EncodedPrompt, encode_prompts, load_prompt_cache
+from .prompt_cache import EncodedPrompt, load_prompt_cache
 from .prompts import SamplePrompt, load_prompts, make_prompt
 from .run import Job, decode_tiling, generation_stem, render_prompts, render_settings
+from .text_encoding import load_encoder_and_encode
 
 logger = logging.getLogger(__name__)
 
@@ -126,37 +124,6 @@ def apply_loras(transformer: LTX2Transformer, lora: GenerateLoraConfig, device: 
         network.apply_to(transformer)
         network.to(device).eval().requires_grad_(False)
         logger.info("%s x %g: %s", path.name, multiplier, network.describe())
-
-
-def load_encoder_and_encode(
-    checkpoint: Checkpoint,
-    gemma: GemmaConfig,
-    prompts: Sequence[SamplePrompt],
-    mode: Mode,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[EncodedPrompt]:
-    """Encode prompts with the text encoder of the flags, which is gone afterwards."""
-    compute = gemma.gemma_bnb_4bit_compute_dtype
-    encoder = load_text_encoder(
-        checkpoint,
-        gemma_root=gemma.gemma_root,
-        gemma_safetensors=gemma.gemma_safetensors,
-        load_in_8bit=gemma.gemma_load_in_8bit,
-        load_in_4bit=gemma.gemma_load_in_4bit,
-        quant_type=gemma.gemma_bnb_4bit_quant_type,
-        double_quant=not gemma.gemma_bnb_4bit_disable_double_quant,
-        compute_dtype=dtype if compute == "auto" else parse_dtype(compute),
-        dtype=dtype,
-        device=device,
-    )
-    encoded = encode_prompts(encoder, prompts, mode)
-    del encoder
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return encoded
 
 
 def _encoded(

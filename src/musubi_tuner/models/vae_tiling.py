@@ -44,9 +44,7 @@ def _check(name: str, tile: int, overlap: int, *, stride: int, least: int) -> No
     if tile == 0:
         return
     if tile < least or tile % stride:
-        raise UserError(
-            f"VAE {name} tile size {tile}: expected a multiple of {stride}, at least {least} (0 = whole)"
-        )
+        raise UserError(f"VAE {name} tile size {tile}: expected a multiple of {stride}, at least {least} (0 = whole)")
     if not 0 <= overlap < tile or overlap % stride:
         raise UserError(
             f"VAE {name} tile overlap {overlap}: expected a multiple of {stride} below the tile size {tile}"

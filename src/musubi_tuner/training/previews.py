@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,20 +12,18 @@ from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.schema import DatasetConfig
 from musubi_tuner.generation.decode import Decoders
-from musubi_tuner.generation.prompt_cache import EncodedPrompt, encode_prompts, load_prompt_cache
+from musubi_tuner.generation.prompt_cache import DEFAULT_NAME, EncodedPrompt, load_prompt_cache
 from musubi_tuner.generation.prompts import SamplePrompt, load_prompts
 from musubi_tuner.generation.run import Job, decode_tiling, preview_stem, render_prompts, render_settings
+from musubi_tuner.generation.text_encoding import load_encoder_and_encode
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.models.text_encoder import load_text_encoder
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
 from .state import Progress
 from .trainer import StepReport
 
 logger = logging.getLogger(__name__)
-
-PROMPT_CACHE_NAME = "ltx2_sample_prompts_cache.pt"
 
 
 @dataclass
@@ -128,21 +125,13 @@ def _encoded(
 ) -> list[EncodedPrompt]:
     mode = config.checkpoint.ltx2_mode
     if config.preview.use_precached_sample_prompts:
-        path = config.preview.sample_prompts_cache or datasets.datasets[0].cache_directory / PROMPT_CACHE_NAME
+        path = config.preview.sample_prompts_cache or datasets.datasets[0].cache_directory / DEFAULT_NAME
         return load_prompt_cache(path, mode, prompts, encoder_id=checkpoint.encoder_id("text"))
-    gemma = config.gemma
-    encoder = load_text_encoder(
+    return load_encoder_and_encode(
         checkpoint,
-        gemma_root=gemma.gemma_root,
-        gemma_safetensors=gemma.gemma_safetensors,
-        load_in_8bit=gemma.gemma_load_in_8bit,
-        load_in_4bit=gemma.gemma_load_in_4bit,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        config.gemma,
+        prompts,
+        mode,
         device=device,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
     )
-    encoded = encode_prompts(encoder, prompts, mode)
-    del encoder
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return encoded

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.av import AV
@@ -20,6 +21,7 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.seeding import derive_seed
 from musubi_tuner.common.tables import format_bytes
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_logit_mode
 from musubi_tuner.models.checkpoint import Checkpoint
@@ -66,9 +68,9 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     datasets, config = read_datasets(config)
     config = _with_implied(config, explicit)
     resumed = _resumed(config)
+    compute = _compute(config)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     loader = make_loader(config, datasets, checkpoint, seed=progress.seed)
-    compute = _compute(config)
     _warn_of_defaults(explicit)
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
@@ -145,11 +147,12 @@ def _resumed(config: TrainNetworkConfig) -> Resumed | None:
 
 
 def _seed(config: TrainNetworkConfig) -> int:
-    seed = config.optimizer.seed
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-        logger.info("--seed not given: drew %d", seed)
-    return seed
+    if config.optimizer.seed is not None:
+        return config.optimizer.seed
+    drawn = [secrets.randbelow(2**32)]
+    broadcast_object_list(drawn)  # all processes use the first one's
+    logger.info("--seed not given: drew %d", drawn[0])
+    return drawn[0]
 
 
 def _with_implied(config: TrainNetworkConfig, explicit: frozenset[str]) -> TrainNetworkConfig:
@@ -263,6 +266,7 @@ def _loop_settings(
 
 def _task_settings(config: TrainNetworkConfig, version: str, compute: Compute, seed: int) -> TaskSettings:
     timestep, loss = config.timestep, config.loss
+    resolution = config.data.audio_only_sequence_resolution
     sampler = NoiseLevelSampler(
         sampling=timestep.timestep_sampling,
         shifted_logit_mode=timestep.shifted_logit_mode or default_shifted_logit_mode(version),
@@ -285,6 +289,7 @@ def _task_settings(config: TrainNetworkConfig, version: str, compute: Compute, s
         first_frame_p=loss.ltx2_first_frame_conditioning_p,
         caption_dropout_rate=loss.caption_dropout_rate,
         independent_audio_timestep=timestep.independent_audio_timestep,
+        audio_only_side=max(resolution // SPATIAL_STRIDE, 1) if resolution else None,
     )
 
 

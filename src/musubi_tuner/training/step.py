@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,7 @@ class TaskSettings:
     first_frame_p: float = 0.0
     caption_dropout_rate: float = 0.0
     independent_audio_timestep: bool = False
+    audio_only_side: int | None = None  # mode audio: latent cells of a side of the virtual video; None = as cached
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks
         return sample_generators(settings.seed, purpose, epoch, batch.keys)
 
     tokens = noise_batch(
-        batch,
+        with_virtual_side(batch, settings.audio_only_side),
         sampler=settings.sampler,
         generators=draws("noise"),
         independent_audio=settings.independent_audio_timestep,
@@ -72,6 +73,19 @@ def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks
         weights=weights,
         perturbations=_silence_absent_audio(batch, tokens, num_blocks, settings.device),
     )
+
+
+def with_virtual_side(batch: Batch, side: int | None) -> Batch:
+    """Give the virtual video of an audio batch ``side`` x ``side`` latent cells a frame.
+
+    The timestep shift grows with the tokens of the virtual video; a small fixed side makes the length of the sound
+    decide, not a resolution that it does not have.
+    """
+    if side is None or batch.video is not None or batch.audio is None or batch.audio.virtual_grid is None:
+        return batch
+    grid = batch.audio.virtual_grid.clone()
+    grid[:, 1:] = side
+    return replace(batch, audio=replace(batch.audio, virtual_grid=grid))
 
 
 def model_inputs(

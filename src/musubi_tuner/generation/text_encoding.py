@@ -1,0 +1,58 @@
+"""The text encoder that the ``--gemma_*`` flags describe."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+import torch
+
+from musubi_tuner.common.dtypes import parse_dtype
+from musubi_tuner.config.model import GemmaConfig, Mode
+from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.text_encoder import TextEncoder, load_text_encoder
+
+from .prompt_cache import EncodedPrompt, encode_prompts
+from .prompts import SamplePrompt
+
+
+def load_encoder(
+    checkpoint: Checkpoint, gemma: GemmaConfig, *, dtype: torch.dtype, device: torch.device
+) -> TextEncoder:
+    """Gemma and the checkpoint's connectors.
+
+    Raises:
+        UserError: a part is missing, parts do not fit together, or flags exclude each other.
+    """
+    compute = gemma.gemma_bnb_4bit_compute_dtype
+    return load_text_encoder(
+        checkpoint,
+        gemma_root=gemma.gemma_root,
+        gemma_safetensors=gemma.gemma_safetensors,
+        load_in_8bit=gemma.gemma_load_in_8bit,
+        load_in_4bit=gemma.gemma_load_in_4bit,
+        quant_type=gemma.gemma_bnb_4bit_quant_type,
+        double_quant=not gemma.gemma_bnb_4bit_disable_double_quant,
+        compute_dtype=dtype if compute == "auto" else parse_dtype(compute),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def load_encoder_and_encode(
+    checkpoint: Checkpoint,
+    gemma: GemmaConfig,
+    prompts: Sequence[SamplePrompt],
+    mode: Mode,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[EncodedPrompt]:
+    """Encode prompts with the text encoder of the flags, which is gone afterwards."""
+    encoder = load_encoder(checkpoint, gemma, dtype=dtype, device=device)
+    encoded = encode_prompts(encoder, prompts, mode)
+    del encoder
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return encoded

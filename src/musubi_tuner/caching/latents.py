@@ -209,7 +209,7 @@ class _DatasetRun:
 
     def _current_clips(self, item: SourceItem) -> list[_Current] | None:
         """The item's clips if, by its header, all its caches are current; ``None`` if it must be decoded."""
-        if not self.existing[item.stem]:
+        if item.stem not in self.existing:
             return None
         plan = plan_item(item, self.entry, self.recipe.audio_source)
         windows: tuple[ClipWindow | None, ...] = (None,) if item.kind == "audio" else plan.windows

@@ -64,7 +64,8 @@ def run_caching(assets, mode: str) -> None:
     from musubi_tuner.ltx2_cache_latents import main as cache_latents
     from musubi_tuner.ltx2_cache_text_encoder_outputs import main as cache_text
 
-    common = ["--dataset_config", str(assets.dataset), "--ltx2_checkpoint", str(assets.checkpoint)]
+    dataset = assets.audio_dataset if mode == "audio" else assets.dataset
+    common = ["--dataset_config", str(dataset), "--ltx2_checkpoint", str(assets.checkpoint)]
     common += ["--ltx2_mode", mode]
     cache_latents([*common, "--vae_dtype", "fp32", "--num_workers", "1"])
     prompts = ["--precache_sample_prompts", "--sample_prompts", str(assets.prompts)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,12 +82,32 @@ def test_dashes_and_aliases_and_no_forms():
         (["--mode", "vid"], "expected one of video, av"),
         (["stray"], "unexpected argument 'stray'"),
         (["--coun", "3"], "unknown flag --coun"),  # no abbreviations
+        (["--rate", "nan"], "--rate: expected a number, got 'nan'"),
+        (["--path", "-x"], "--path: expected one argument; one that begins with - is written --path=-x"),
+        (["--the_mode"], "--mode: expected one argument"),
+        (["--fast=true"], "--fast: takes no value"),
+        (["--fast", "true"], "unexpected argument 'true'; switches take no value"),
+        (["--path", "a", "b"], "unexpected argument 'b'; put values with spaces in quotes"),
     ],
 )
 def test_bad_flags_are_one_message(argv: list[str], message: str):
     with pytest.raises(UserError) as caught:
         read(*argv)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["-0.5", "-.5", "-5e-1", "-5.E-1"])
+def test_negative_numbers_are_values_not_flags(value: str):
+    assert read("--rate", value).config.group.rate == -0.5
+
+
+def test_repeating_a_list_flag_keeps_every_value():
+    assert read("--names", "a", "b", "--fast", "--names", "c").config.group.names == ("a", "b", "c")
+
+
+def test_dashes_within_a_text_are_kept():
+    assert read("--names=--well-known cat").config.group.names == ("--well-known cat",)
+    assert read("--names", "--a well-known cat").config.group.names == ("--a well-known cat",)
 
 
 def test_config_file_is_typed_and_the_command_line_wins(tmp_path: Path):
@@ -127,6 +150,14 @@ def test_broken_config_file_names_itself(tmp_path: Path, content):
         read("--config_file", str(tmp_path / "missing.toml"))
 
 
+def test_config_file_that_is_a_folder_or_has_windows_paths(tmp_path: Path):
+    with pytest.raises(UserError, match="is a folder"):
+        read("--config_file", str(tmp_path))
+    (tmp_path / "run.toml").write_text('path = "C:\\Users\\me"\n', encoding="utf-8")
+    with pytest.raises(UserError, match="single quotes"):
+        read("--config_file", str(tmp_path / "run.toml"))
+
+
 def test_config_file_repeating_a_flag_is_an_error(tmp_path: Path):
     file = tmp_path / "run.toml"
     file.write_text('mode = "av"\nthe_mode = "video"\n', encoding="utf-8")
@@ -158,3 +189,29 @@ def test_entry_turns_errors_into_exit_codes(capsys: pytest.CaptureFixture[str]):
             main(argv)
         assert stop.value.code == code
         assert text in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_written_give_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").touch()
+
+    @entry(Config, "test")
+    def main(parsed):
+        (tmp_path / "file" / "below").mkdir()
+
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "file" in line
+
+
+def test_names_that_the_output_cannot_show_do_not_end_a_script():
+    code = (
+        "from musubi_tuner.ltx2_merge_lora import MergeConfig\n"
+        "from musubi_tuner.cli.entry import entry\n"
+        "entry(MergeConfig, 'test')(lambda parsed: print('wrote 日本'))([])\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "wrote \\u65e5\\u672c\n")

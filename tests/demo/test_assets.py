@@ -11,7 +11,7 @@ from musubi_tuner.dataset.schema import load_dataset_config
 from musubi_tuner.demo.assets import write_assets
 from musubi_tuner.demo.checkpoint import write_checkpoint
 from musubi_tuner.demo.clips import CLIPS_DIR, shipped_clips
-from musubi_tuner.demo.fit import _read_pixels, _read_sound
+from musubi_tuner.demo.fit import _read_pixels, read_sound
 from musubi_tuner.demo.gemma import write_gemma
 from musubi_tuner.diffusion.tokens import audio_coords, patchify_audio, patchify_video, video_coords
 from musubi_tuner.models.audio_vae import load_audio_vae, load_vocoder
@@ -61,7 +61,7 @@ def test_latents_of_the_clips_have_unit_variance(assets):
     assert abs(video.mean()) < 0.1
     assert 0.8 < video.std() < 1.2
     audio_vae = load_audio_vae(checkpoint, dtype=torch.float32)
-    audio = torch.cat([audio_vae.encode(_read_sound(clip)[None]) for clip in shipped_clips()])
+    audio = torch.cat([audio_vae.encode(read_sound(clip)[None]) for clip in shipped_clips()])
     assert audio.shape[1::2] == (8, 16)
     assert abs(audio.mean()) < 0.1
     assert 0.8 < audio.std() < 1.2
@@ -127,7 +127,7 @@ def test_the_transformer_can_be_trained(assets):
     model.requires_grad_(True)
     prediction = model(inputs)
     loss = sum((prediction[name] - (noise[name] - x)).square().mean() for name, x in clean.items())
-    assert loss.item() < 20  # about 2 a modality if it predicted nothing
+    assert loss.item() < 10  # 4 if it predicted nothing, 2 a modality
     loss.backward()
     blocks = dict(model.transformer_blocks.named_parameters())
     dead = [name for name, p in blocks.items() if p.ndim == 2 and (p.grad is None or p.grad.norm() < 1e-7)]

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from musubi_tuner.common.av import AV
+from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.dataset.batch import TextEmbeds
 from musubi_tuner.demo.checkpoint import write_checkpoint
@@ -30,6 +31,7 @@ from musubi_tuner.ltx2_generate_video import main
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import load_transformer
 from musubi_tuner.models.text_encoder import load_text_encoder
+from musubi_tuner.networks.lora_ltx2 import create_network
 
 CPU = torch.device("cpu")
 PROMPT = SamplePrompt(prompt="a cat", width=96, height=64, frame_count=9, sample_steps=3, seed=4)
@@ -248,8 +250,6 @@ def test_script_with_precached_prompts_needs_no_gemma(assets, encoded, version, 
 
 
 def test_script_applies_loras_with_their_strength(assets, version, transformer, tmp_path):
-    from musubi_tuner.networks.lora_ltx2 import create_network
-
     network = create_network(1.0, 4, 4.0, transformer, lora_target_preset="t2v")
     with torch.no_grad():
         for module in network.modules_by_name.values():
@@ -280,6 +280,12 @@ def test_script_applies_loras_with_their_strength(assets, version, transformer, 
         (["--prompt", "a", "--sample_audio_only"], "--sample_audio_only needs --ltx2_mode av or audio"),
         (["--prompt", "a"], "needs --gemma_root"),
         (["--prompt", "a", "--use_precached_sample_prompts"], "needs --sample_prompts_cache"),
+        (["--ltx2_mode", "audio", "--sample_disable_audio"], "leaves nothing to decode"),
+        (["--sample_tiled_vae", "--sample_vae_tile_size", "50"], "--sample_vae_tile_size 50: expected"),
+        (["--sample_vae_temporal_tile_size", "3"], "--sample_vae_temporal_tile_size 3: expected a multiple of 8"),
+        (["--vae_dtype", "foo"], "--vae_dtype foo: expected one of"),
+        (["--frame_rate", "nan"], "--frame_rate: expected a number"),
+        (["--output_dir", __file__], "is a file, expected a folder"),
     ],
 )
 def test_bad_requests_end_with_status_2(arguments, message, capsys):
@@ -303,6 +309,42 @@ def test_missing_component_is_named_before_anything_is_loaded(assets, tmp_path, 
             ]
         )
     assert "has no vocoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "gpu", "meta"])
+def test_unusable_device_is_one_message(assets, tmp_path, capsys, device):
+    with pytest.raises(SystemExit) as exit_:
+        run_script(assets, "2.3", "video", tmp_path, "--prompt", "a", "--gemma_root", str(assets / "gemma"),
+                   "--device", device)  # fmt: skip
+    assert exit_.value.code == 2
+    assert f"--device {device}: PyTorch cannot use it here; it has cpu" in capsys.readouterr().err
+
+
+def test_lora_of_another_version_is_found_before_a_model_is_loaded(assets, tmp_path, capsys, monkeypatch):
+    files = {}
+    for version in ("2.0", "2.3"):
+        model = load_transformer(Checkpoint.open(assets / f"{version}.safetensors"), mode="video",
+                                 dtype=torch.float32, device="cpu", progress=False)  # fmt: skip
+        files[version] = tmp_path / f"lora {version}.safetensors"
+        network = create_network(1.0, 2, 1.0, model, lora_target_preset="full")
+        network.save_weights(files[version], metadata={"ss_ltx_version": version})
+
+    def loaded(*args, **kwargs):
+        raise UserError("the text encoder was loaded")
+
+    monkeypatch.setattr("musubi_tuner.generation.script.load_encoder_and_encode", loaded)
+    for version, lora, expected in (
+        ("2.0", files["2.3"], "to_gate_logits; it belongs to another model or version"),
+        ("2.3", files["2.0"], "was trained on LTX-2.0, the checkpoint is 2.3"),  # a warning: every module exists
+        ("2.3", assets / "2.3.safetensors", "is no LoRA"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            run_script(assets, version, "video", tmp_path / "out", "--prompt", "a", "--lora_weight", str(lora),
+                       "--gemma_root", str(assets / "gemma"))  # fmt: skip
+        assert exit_.value.code == 2
+        text = capsys.readouterr().err
+        assert expected in text
+        assert str(lora) in text
 
 
 def test_failed_samples_give_status_1(assets, tmp_path):

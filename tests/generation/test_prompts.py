@@ -141,7 +141,7 @@ def test_every_problem_is_reported_with_its_line(tmp_path):
     assert str(path) in text
     for expected in (
         "line 1: width: expected an integer, got 'wide'",
-        "line 3: unknown option --seeed (did you mean 'seed'?)",
+        "line 3: unknown option --seeed (did you mean --seed?)",
         "line 3: sample_steps: expected 1 to 1000, got 5000",
         "line 4: options without a prompt",
         "line 5: unknown option --x",
@@ -198,3 +198,47 @@ def test_lists_of_blocks():
         problems: list[str] = []
         assert make_prompt({"stg_blocks": value}, SamplePrompt(), "x", problems).stg_blocks == (1, 2)
         assert problems == []
+
+
+@pytest.mark.parametrize("subset", ["3", '["a"]'])
+def test_subsets_that_are_no_tables_are_one_message(tmp_path, subset):
+    with pytest.raises(UserError, match=r"expected tables \[\[prompt.subset\]\]"):
+        load_prompts(write(tmp_path, "p.toml", f"[prompt]\nsubset = {subset}\n"))
+
+
+def test_null_in_json_leaves_the_default(tmp_path):
+    path = write(tmp_path, "p.json", '[{"prompt": "a", "width": null, "cfg_scale": null}]')
+    assert load_prompts(path, SamplePrompt(width=256))[0].width == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "key"),
+    [
+        ("p.txt", "a --w 64 --w 96", "--w"),
+        ("p.json", '[{"prompt": "a", "num_frames": 9, "frame_count": 17}]', "frame_count"),
+    ],
+)
+def test_giving_an_option_twice_is_an_error(tmp_path, name, text, key):
+    with pytest.raises(UserError, match=f"{key} is given twice"):
+        load_prompts(write(tmp_path, name, text))
+
+
+def test_a_width_that_is_refused_is_not_first_rounded(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with pytest.raises(UserError, match="at least 64, got 10"):
+        load_prompts(write(tmp_path, "p.txt", "a --w 10"))
+    assert "rounded" not in caplog.text
+
+
+def test_frame_rates_that_nobody_means_are_refused(tmp_path):
+    with pytest.raises(UserError, match="frame_rate: expected 1 to 240, got 0.001"):
+        load_prompts(write(tmp_path, "p.txt", "a --frame_rate 0.001"))
+
+
+def test_prompt_file_of_powershell_names_the_encoding(tmp_path):
+    (tmp_path / "p.txt").write_bytes("a cat".encode("utf-16"))
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        load_prompts(tmp_path / "p.txt")
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        load_prompts(tmp_path / "folder.txt")

@@ -252,7 +252,9 @@ def test_the_inner_vocoder_of_two_is_bounded():
 
 def test_connector_names():
     pairs = {
-        "video_embeddings_connector.transformer_1d_blocks.0.attn1.q_norm.weight": "video_connector.transformer_blocks.0.attn1.norm_q.weight",
+        "video_embeddings_connector.transformer_1d_blocks.0.attn1.q_norm.weight": (
+            "video_connector.transformer_blocks.0.attn1.norm_q.weight"
+        ),
         "audio_embeddings_connector.learnable_registers": "audio_connector.learnable_registers",
         "text_embedding_projection.aggregate_embed.weight": "text_proj_in.weight",
         "text_embedding_projection.video_aggregate_embed.bias": "video_text_proj_in.bias",

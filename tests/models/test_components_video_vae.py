@@ -83,9 +83,9 @@ def test_temporal_decode_tiles_are_aligned(vae, count, tile, overlap):
     vae._vae.decoder = FrameCounter()
     vae._vae.latents_mean.zero_()
     vae._vae.latents_std.fill_(1.0)
-    latents = torch.linspace(-1, 1, count).view(1, 1, -1, 1, 1).expand(1, 16, count, 1, 2).contiguous()
+    latents = torch.linspace(-1, 1, count).view(1, 1, -1, 1, 1).expand(1, 16, count, 2, 2).contiguous()
     whole = vae.decode(latents)
-    assert whole.shape == (1, 3, 8 * (count - 1) + 1, 32, 64)
+    assert whole.shape == (1, 3, 8 * (count - 1) + 1, 64, 64)
     vae.enable_decode_tiling(temporal_tile=tile, temporal_overlap=overlap)
     torch.testing.assert_close(vae.decode(latents), whole)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
+import ltx2_tiny
 import pytest
 import safetensors.torch
 import torch
@@ -184,6 +185,29 @@ def test_diffusers_model_loads_the_diffusers_file(tmp_path):
     assert written <= theirs
 
 
+@pytest.mark.parametrize("fmt", ["comfy", "diffusers"])
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+def test_diffusers_renders_the_same_with_our_file(tmp_path, version, fmt):
+    """Every key is used, and alpha != rank, mixed ranks and both streams give the output of our own network."""
+    pytest.importorskip("peft")
+    lora_pipeline = pytest.importorskip("diffusers.loaders.lora_pipeline")
+    model = ltx2_tiny.tiny_model(ltx2_tiny.tiny_config(version))
+    inputs = ltx2_tiny.tiny_inputs(model.config)
+    network = random_network(model, lora_target_preset="full", audio_dim=8, rank_pattern={"ff": 2})
+    path = network.save_weights(tmp_path / "a.safetensors", None, fmt=fmt)
+    twin = ltx2_tiny.diffusers_twin(model)
+    network.apply_to(model)
+    network.eval()
+    loader = lora_pipeline.LTX2LoraLoaderMixin
+    state, metadata = loader.lora_state_dict(str(path), return_lora_metadata=True)
+    loader.load_lora_into_transformer(dict(state), twin, metadata=metadata)
+    assert sum("lora_" in key for key in twin.state_dict()) == len(state) == 2 * len(network.modules_by_name)
+    with torch.no_grad():
+        theirs = ltx2_tiny.run_diffusers(twin, inputs)
+        for name, ours in model(inputs).items():
+            assert ltx2_tiny.relative_error(ours, theirs[name]) < 1e-5
+
+
 # --- hashes ---
 
 
@@ -306,7 +330,7 @@ BROKEN = {
     "conv": (pair(down=(2, 3, 1, 1), up=(4, 2, 1, 1)), "are no pair"),
     "nan": ({**pair(), f"{COMFY}.lora_B.weight": torch.full((4, 2), float("nan"))}, "holds NaN or infinity"),
     "alpha_nan": ({**pair(), f"{COMFY}.alpha": torch.tensor(float("nan"))}, "alpha is nan"),
-    "integers": ({k: v.to(torch.int32) for k, v in pair().items()}, "type I32, expected floating point"),
+    "integers": ({k: v.to(torch.int32) for k, v in pair().items()}, "type int32, expected floating point"),
     "twice": ({**pair(), **pair("transformer." + NAME)}, "are the same module"),
     "dora": ({**pair(), f"{COMFY}.dora_scale": torch.ones(4, 1)}, "a DoRA file"),
     "lokr": ({f"lora_unet_{NAME.replace('.', '_')}.lokr_w1": torch.ones(2, 2)}, "LyCORIS LoKr"),
@@ -325,11 +349,17 @@ def test_broken_file_gives_one_message_with_its_name(tmp_path, case):
 
 
 def test_missing_and_foreign_files(tmp_path):
-    with pytest.raises(UserError, match="file not found"):
+    with pytest.raises(UserError, match="does not exist"):
         load_lora(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="is a folder"):
+        load_lora(tmp_path)
     (tmp_path / "text.safetensors").write_text("hello", encoding="utf-8")
     with pytest.raises(UserError, match="not a safetensors file"):
         load_lora(tmp_path / "text.safetensors")
+    whole = save_lora(random_lora({NAME: (2, 3, 4, None)}), tmp_path / "cut.safetensors")
+    whole.write_bytes(whole.read_bytes()[:-8])
+    with pytest.raises(UserError, match="cut.safetensors is truncated.*copy or download it again"):
+        load_lora(whole)
 
 
 def test_overflow_of_a_narrow_dtype_is_an_error(tmp_path):

@@ -161,6 +161,22 @@ def test_layers_of_different_sizes(tmp_path):
     assert not (tmp_path / "c.safetensors").exists()
 
 
+def test_output_that_is_a_folder_is_refused(tmp_path, files):
+    folder = tmp_path / "out.safetensors"
+    folder.mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        merge_loras(files, folder, concat_method())
+
+
+def test_merging_loras_of_different_versions_warns(tmp_path, caplog):
+    inputs = [
+        save_lora(FIRST, tmp_path / f"{version}.safetensors", metadata={"ss_ltx_version": version})
+        for version in ("2.0", "2.3")
+    ]
+    merge_loras(inputs, tmp_path / "c.safetensors", concat_method())
+    assert "different versions of LTX-2: 2.0, 2.3" in caplog.text
+
+
 def test_output_must_not_be_an_input(tmp_path, files):
     before = files[0].read_bytes()
     with pytest.raises(UserError, match="one of the inputs"):
@@ -174,12 +190,12 @@ def test_output_must_not_be_an_input(tmp_path, files):
         ([], "--lora_weight: name at least one"),
         (["--lora_weight", "{0}", "{1}", "--lora_multiplier", "1", "2", "3"], "3 values for 2 files"),
         (["--lora_weight", "{0}", "{1}", "--lora_multiplier", "0"], "nothing to merge"),
-        (["--lora_weight", "{0}", "missing.safetensors"], "missing.safetensors: file not found"),
+        (["--lora_weight", "{0}", "missing.safetensors"], "missing.safetensors does not exist"),
         (["--lora_weight", "{0}", "--merge_method", "orthogonal"], "takes exactly 2 files, got 1"),
         (["--lora_weight", "{0}", "{1}", "--orthogonal_k_fraction", "1.5"], "expected 0 to 1"),
         (["--lora_weight", "{0}", "--dtype", "float8"], "expected one of auto"),
         (["--lora_weigth", "{0}"], "did you mean --lora_weight"),
-        (["--lora_weight", "{0}", "--lora_multiplier", "nan"], "holds NaN"),
+        (["--lora_weight", "{0}", "--lora_multiplier", "nan"], "expected a number"),
         (["--lora_weight", "{0}", "--lora_multiplier", "1e9", "--dtype", "float16"], "use bfloat16"),
     ],
 )

@@ -13,8 +13,8 @@ from musubi_tuner.training.optimizers import create_optimizer
 from musubi_tuner.training.state import (
     Progress,
     find_latest_state,
-    load_network_tensors,
     read_progress,
+    restore_network,
     restore_optimizer,
     save_state,
 )
@@ -74,7 +74,7 @@ def test_restored_optimizer_continues_bit_for_bit(tmp_path: Path, kind: str):
     resumed = Net(1)
     other = create_optimizer(kind, groups(resumed), args)
     progress, settings, scalars = read_progress(tmp_path / "x-state")
-    resumed.load_state_dict(load_network_tensors(tmp_path / "x-state"))
+    restore_network(tmp_path / "x-state", resumed)
     restore_optimizer(tmp_path / "x-state", scalars, other, names(resumed, other))
     steps(resumed, other, 4, 8)
 
@@ -172,3 +172,32 @@ def test_bad_optimizer_flags(kind: str, args: list[str], message: str):
     with pytest.raises(UserError) as caught:
         create_optimizer(kind, groups(Net(0)), args)
     assert message in str(caught.value)
+
+
+def test_a_state_of_another_rank_or_alpha_is_refused(tmp_path: Path):
+    net = saved(tmp_path / "x-state")
+    wider = Net(0)
+    wider.b = torch.nn.Linear(64, 81)
+    with pytest.raises(UserError, match="2 of 6 tensors, e.g. b"):
+        restore_network(tmp_path / "x-state", wider)
+    net.register_buffer("alpha", torch.tensor(1.0))
+    with pytest.raises(UserError, match="alpha"):
+        restore_network(tmp_path / "x-state", net)
+
+
+def test_damaged_states_are_named(tmp_path: Path):
+    net = saved(tmp_path / "x-state")
+    (tmp_path / "x-state" / "network.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="network.safetensors: cannot be read"):
+        restore_network(tmp_path / "x-state", net)
+    (tmp_path / "x-state" / "training_state.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="is damaged"):
+        read_progress(tmp_path / "x-state")
+
+
+def test_autoresume_leaves_a_run_whose_name_starts_the_same_alone(tmp_path: Path):
+    saved(tmp_path / "run2-state", 99)
+    saved(tmp_path / "run-two-step00000050-state", 50)
+    assert find_latest_state(tmp_path, "run") is None
+    saved(tmp_path / "run-000003-state", 3)
+    assert find_latest_state(tmp_path, "run") == tmp_path / "run-000003-state"

@@ -17,8 +17,17 @@ from musubi_tuner.networks.formats import load_lora
 
 def arguments(assets, output: Path, *extra: str, steps: int = 2, mode: str = "av", version: str = "2.3") -> list[str]:
     return [
-        *("--dataset_config", str(assets.dataset), "--ltx2_checkpoint", str(assets.checkpoint)),
-        *("--ltx2_mode", mode, "--ltx_version", version, "--ltx_version_check_mode", "error"),
+        *("--dataset_config", str(assets.audio_dataset if mode == "audio" else assets.dataset)),
+        *(
+            "--ltx2_checkpoint",
+            str(assets.checkpoint),
+            "--ltx2_mode",
+            mode,
+            "--ltx_version",
+            version,
+            "--ltx_version_check_mode",
+            "error",
+        ),
         *("--mixed_precision", "no", "--network_dim", "4", "--network_alpha", "4", "--learning_rate", "1e-3"),
         *("--max_train_steps", str(steps), "--seed", "5", "--max_data_loader_n_workers", "0"),
         *("--output_dir", str(output), "--output_name", "x", *extra),
@@ -95,16 +104,17 @@ def test_workers_change_nothing(cached_demo, tmp_path: Path):
 
 
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
-@pytest.mark.parametrize("mode", ["video", "av"])
+@pytest.mark.parametrize("mode", ["video", "av", "audio"])
 def test_every_version_and_mode_trains(cached_demo, tmp_path: Path, logged, version: str, mode: str):
     assets = cached_demo(version, mode)
     train(arguments(assets, tmp_path, "--gradient_checkpointing", mode=mode, version=version))
     losses = {name for name in logged[2] if name.startswith("loss/")}
-    assert ("loss/audio" in losses) == (mode == "av")
+    assert ("loss/audio" in losses) == (mode != "video")
+    assert ("loss/video" in losses) == (mode != "audio")
     lora = load_lora(tmp_path / "x.safetensors")
     moved = {name for name, module in lora.modules.items() if module.up.abs().max() > 0}
-    assert any("audio" in name for name in moved) == (mode == "av")
-    assert any("audio" not in name for name in moved)
+    assert any("audio" in name for name in moved) == (mode != "video")
+    assert any("audio" not in name for name in moved) == (mode != "audio")
 
 
 def test_files_of_a_run(cached_demo, tmp_path: Path):
@@ -140,7 +150,11 @@ def test_network_weights_start_a_run(cached_demo, tmp_path: Path):
     assets = cached_demo()
     train(arguments(assets, tmp_path / "first"))
     weights = str(tmp_path / "first" / "x.comfy.safetensors")
-    train(arguments(assets, tmp_path / "second", "--network_weights", weights, "--learning_rate", "0", "--audio_lr", "1e-9"))
+    train(
+        arguments(
+            assets, tmp_path / "second", "--network_weights", weights, "--learning_rate", "0", "--audio_lr", "1e-9"
+        )
+    )
     first, second = (load_lora(tmp_path / run / "x.safetensors") for run in ("first", "second"))
     video = [name for name in first.modules if "audio" not in name]
     assert video
@@ -197,7 +211,7 @@ def test_caches_of_another_checkpoint_are_refused(cached_demo, tmp_path: Path, c
     assets = cached_demo()
     tensors = load_file(assets.checkpoint)
     for key in ("vae.encoder.conv_in.conv.weight", "text_embedding_projection.video_aggregate_embed.weight"):
-        tensors[key] = tensors[key] * 1.5
+        tensors[key] = tensors[key] + 0.5
     with safe_open(assets.checkpoint, "pt") as file:
         save_file(tensors, tmp_path / "other.safetensors", file.metadata())
     argv = arguments(assets, tmp_path / "out")
@@ -253,3 +267,37 @@ def test_a_bad_prompt_file_is_said_before_the_model_loads(cached_demo, tmp_path:
     message = refused(arguments(cached_demo(), tmp_path / "out", *flags), capsys)
     assert "p.txt:1" in message or "p.txt" in message
     assert not (tmp_path / "out").exists()
+
+
+def standard_command(assets, output: Path) -> list[str]:
+    """The usual AV command of a musubi-tuner user, with this test's paths, sizes and number of steps."""
+    return [
+        *("--mixed_precision", "bf16", "--dataset_config", str(assets.dataset)),
+        *("--gemma_load_in_8bit", "--gemma_root", str(assets.gemma), "--separate_audio_buckets"),
+        *("--ltx2_checkpoint", str(assets.checkpoint), "--ltx_version", "2.3", "--ltx_version_check_mode", "error"),
+        *("--ltx2_mode", "av", "--fp8_base", "--fp8_scaled", "--blocks_to_swap", "10", "--sdpa"),
+        *("--gradient_checkpointing", "--learning_rate", "1e-4", "--network_module", "networks.lora_ltx2"),
+        *("--network_dim", "32", "--network_alpha", "32", "--timestep_sampling", "shifted_logit_normal"),
+        *("--sample_at_first", "--sample_every_n_epochs", "5", "--sample_prompts", str(assets.prompts)),
+        *("--sample_with_offloading", "--sample_tiled_vae", "--sample_vae_tile_size", "512"),
+        *("--sample_vae_tile_overlap", "64", "--sample_vae_temporal_tile_size", "48"),
+        *("--sample_vae_temporal_tile_overlap", "8", "--sample_merge_audio"),
+        *("--output_dir", str(output), "--output_name", "ltx23_lora", "--max_train_steps", "2"),
+    ]
+
+
+def test_standard_command_answers_for_what_is_missing_and_runs_without(cached_demo, tmp_path: Path, capsys):
+    command = standard_command(cached_demo(), tmp_path)
+    message = refused(command, capsys)
+    assert all(flag in message for flag in ("--fp8_base", "--fp8_scaled", "--blocks_to_swap"))
+    swap = command.index("--blocks_to_swap")
+    command = [
+        c for i, c in enumerate(command) if c not in ("--fp8_base", "--fp8_scaled") and i not in (swap, swap + 1)
+    ]
+    if not torch.cuda.is_available():
+        assert "CUDA" in refused(command, capsys), "8-bit Gemma needs a GPU"
+        command.remove("--gemma_load_in_8bit")
+    train(command)
+    written = {p.name for p in tmp_path.iterdir()}
+    assert written == {"ltx23_lora.safetensors", "ltx23_lora.comfy.safetensors", "sample"}
+    assert any(p.name.endswith("_av.mp4") for p in (tmp_path / "sample").iterdir())

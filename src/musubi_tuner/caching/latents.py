@@ -151,7 +151,7 @@ class _DatasetRun:
                     lengths |= self._take(item, result)
                     failed = failed or isinstance(result, Failed)
                 self.videos += item.kind == "video" and not failed
-                for length in lengths:
+                for length in lengths if not failed else ():
                     self.lengths[length] += 1
                 bar.update()
             for jobs in self.groups.rest():

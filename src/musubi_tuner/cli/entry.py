@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.common.log import setup_logging
 
 from .parser import Parsed, parse
+
+logger = logging.getLogger(__name__)
 
 C = TypeVar("C")
 Rule = Callable[[Parsed[C]], Sequence[str]]
@@ -22,7 +25,8 @@ def entry(
     """Make a script's ``main(argv=None)`` of a function that takes the parsed configuration.
 
     ``rules`` look at several flags at once and return the violations; all are reported together. The process
-    exits with 2 when the request is wrong, 1 when the body returns a truthy status, 130 on Ctrl-C.
+    exits with 2 when the request is wrong or a file cannot be read or written, 1 when the body returns a truthy
+    status, 130 on Ctrl-C.
     """
 
     def decorate(body: Callable[[Parsed[C]], int | None]) -> Callable[[Sequence[str] | None], None]:
@@ -50,11 +54,25 @@ def _checked(
 
 
 def _run(body: Callable[[], int | None]) -> int:
+    # What a pipe or an old console cannot show must not end a script that has done its work.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return body() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # no right to write, a full disk, a folder where a file should be
+        logger.debug("traceback", exc_info=error)
+        print(f"error: {_described(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _described(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error) or type(error).__name__
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"

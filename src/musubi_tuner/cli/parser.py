@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -77,9 +79,12 @@ class FlagSpec:
                 raise ValueError(f"expected one of {', '.join(self.choices)}{did_you_mean(text, self.choices)}")
             return text
         try:
-            return self.item_type(text)
+            converted = self.item_type(text)
         except ValueError:
             raise ValueError(f"expected {self._expected()}") from None
+        if isinstance(converted, float) and not math.isfinite(converted):
+            raise ValueError(f"expected {self._expected()}")
+        return converted
 
     def _expected(self) -> str:
         names = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
@@ -119,8 +124,21 @@ def _read_type(hint: Any) -> tuple[type, tuple[str, ...] | None, bool]:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # What is a value rather than a flag: as in Python 3.14; the older pattern does not know -5e-1.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message)
+        match = re.match(r"argument (?:-\w/)?(--\w+)\S*: (.*)", message)
+        if match is None:
+            raise UserError(message)
+        name, problem = match.groups()
+        if problem.startswith("ignored explicit argument"):
+            problem = "takes no value; --x turns a switch on, --no_x off"
+        elif problem.startswith("expected"):
+            problem += f"; one that begins with - is written {name}=-x"
+        raise UserError(f"{name}: {problem}")
 
 
 def build_parser(config_class: type, prog: str, description: str) -> argparse.ArgumentParser:
@@ -160,8 +178,8 @@ def _add(section: Any, spec: FlagSpec) -> None:
     metavar = spec.info.metavar
     if metavar is None:
         metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.name.rsplit("_", 1)[-1].upper()
-    nargs = {"nargs": "+"} if spec.is_list else {}
-    section.add_argument(*options, dest=spec.name, metavar=metavar, help=help_text, **nargs)
+    several = {"nargs": "+", "action": "extend"} if spec.is_list else {}
+    section.add_argument(*options, dest=spec.name, metavar=metavar, help=help_text, **several)
 
 
 def _default_text(spec: FlagSpec) -> str:
@@ -225,10 +243,10 @@ def _converted(spec: FlagSpec, raw: Any, where: str, problems: list[str]) -> Any
 
 
 def _underscored(argument: str) -> str:
-    """``--blocks-to-swap=3`` to ``--blocks_to_swap=3``."""
-    if not argument.startswith("--"):
-        return argument
+    """``--blocks-to-swap=3`` to ``--blocks_to_swap=3``; a text that only begins with dashes stays as it is."""
     name, equals, value = argument.partition("=")
+    if not re.fullmatch(r"--[\w-]+", name):
+        return argument
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
@@ -238,9 +256,14 @@ def _reject_unknown(unknown: Sequence[str], specs: Iterable[FlagSpec]) -> None:
     for argument in unknown:
         if argument.startswith("--"):
             name = argument[2:].partition("=")[0]
-            near = did_you_mean(name, known).replace("'", "--", 1).replace("'", "")
-            messages.append(f"unknown flag --{name}{near}")
+            messages.append(f"unknown flag --{name}{did_you_mean(name, known, flags=True)}")
         elif not messages:
-            messages.append(f"unexpected argument {argument!r}")
+            messages.append(f"unexpected argument {argument!r}; {_remedy(argument)}")
     if messages:
         raise UserError("; ".join(messages))
+
+
+def _remedy(stray: str) -> str:
+    if stray.lower() in ("true", "false"):
+        return "switches take no value: --x turns on, --no_x turns off"
+    return "put values with spaces in quotes"

@@ -22,7 +22,9 @@ class ConfigErrors(UserError):
         super().__init__(heading + ":\n" + "\n".join(f"  - {p}" for p in self.problems))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the nearest of ``known``, else an empty string."""
+def did_you_mean(name: str, known: Iterable[str], *, flags: bool = False) -> str:
+    """``" (did you mean 'x'?)"`` (of ``flags``: ``--x``) for the nearest of ``known``, else an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    if not near:
+        return ""
+    return f" (did you mean {f'--{near[0]}' if flags else repr(near[0])}?)"

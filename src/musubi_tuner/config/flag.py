@@ -31,8 +31,8 @@ def flag(
 ) -> Any:
     """Declare a flag. The type annotation of the field decides how it is read.
 
-    ``bool`` gives ``--x`` and ``--no_x``; ``Literal`` gives choices; ``tuple[T, ...]`` takes one or more values;
-    ``T | None`` is optional.
+    ``bool`` gives ``--x`` and ``--no_x``; ``Literal`` gives choices; ``tuple[T, ...]`` takes one or more values, and
+    more where the flag is repeated; ``T | None`` is optional.
     """
     info = FlagInfo(help, tuple(aliases), values, metavar, convert)
     return field(default=default, metadata={_KEY: info})

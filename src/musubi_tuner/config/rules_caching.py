@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from .caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig, LatentEncodingConfig
-
-_DTYPES = ("bfloat16", "bf16", "float16", "fp16", "float32", "fp32", "float")
+from .rules_common import dtypes, missing, tiles
 
 
 def required(config: CacheLatentsConfig | CacheTextConfig) -> Iterable[str]:
@@ -19,22 +17,21 @@ def required(config: CacheLatentsConfig | CacheTextConfig) -> Iterable[str]:
     for name, path in needed.items():
         if path is None:
             yield f"--{name} is required"
-    yield from _missing(needed)
+    yield from missing(needed)
     yield from _counts(config.dataset)
 
 
 def latents(config: CacheLatentsConfig) -> Iterable[str]:
     """Options of the latent caching script."""
     encoding, audio = config.encoding, config.audio
-    yield from _missing({"vae": encoding.vae, "ltx2_audio_dir": audio.ltx2_audio_dir})
-    dtypes = {
-        "vae_dtype": encoding.vae_dtype,
-        "ltx2_audio_dtype": audio.ltx2_audio_dtype,
-        "audio_video_latent_dtype": audio.audio_video_latent_dtype,
-    }
-    for name, value in dtypes.items():
-        if value is not None and value.lower() not in _DTYPES:
-            yield f"--{name} {value}: expected one of {', '.join(_DTYPES)}"
+    yield from missing({"vae": encoding.vae, "ltx2_audio_dir": audio.ltx2_audio_dir})
+    yield from dtypes(
+        {
+            "vae_dtype": encoding.vae_dtype,
+            "ltx2_audio_dtype": audio.ltx2_audio_dtype,
+            "audio_video_latent_dtype": audio.audio_video_latent_dtype,
+        }
+    )
     yield from _tiles(encoding)
     if audio.ltx2_audio_source == "video" and audio.ltx2_audio_dir is not None:
         yield "--ltx2_audio_dir needs --ltx2_audio_source audio_files"
@@ -56,12 +53,8 @@ def _tiles(encoding: LatentEncodingConfig) -> Iterable[str]:
         ("temporal", encoding.vae_temporal_tile_size, encoding.vae_temporal_tile_overlap, 16, 8),
     )
     for kind, size, overlap, least, step in kinds:
-        if size is None:
-            continue
-        if size < least or size % step:
-            yield f"--vae_{kind}_tile_size {size}: expected a multiple of {step}, at least {least}"
-        if overlap < 0 or overlap % step or overlap >= size:
-            yield f"--vae_{kind}_tile_overlap {overlap}: expected a multiple of {step} below the tile size {size}"
+        if size is not None:
+            yield from tiles(f"vae_{kind}_tile", size, overlap, least=least, step=step)
 
 
 def text(config: CacheTextConfig) -> Iterable[str]:
@@ -76,7 +69,7 @@ def text(config: CacheTextConfig) -> Iterable[str]:
         yield f"--{quantized[0]} works with --gemma_root only; a single file is loaded as it is stored"
     if prompts.precache_sample_prompts and prompts.sample_prompts is None:
         yield "--precache_sample_prompts needs --sample_prompts"
-    yield from _missing(
+    yield from missing(
         {
             "gemma_root": gemma.gemma_root,
             "gemma_safetensors": gemma.gemma_safetensors,
@@ -84,12 +77,6 @@ def text(config: CacheTextConfig) -> Iterable[str]:
             "sample_prompts": prompts.sample_prompts,
         }
     )
-
-
-def _missing(paths: dict[str, Path | None]) -> Iterable[str]:
-    for name, path in paths.items():
-        if path is not None and not path.exists():
-            yield f"--{name} {path}: not found"
 
 
 def _counts(dataset: DatasetRunConfig) -> Iterable[str]:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from .rules_common import dtypes, missing, samples
 from .sampling import GenerateVideoConfig
 
 
 def _files(config: GenerateVideoConfig) -> Iterable[str]:
     if config.checkpoint.ltx2_checkpoint is None:
         yield "--ltx2_checkpoint is required"
-    named = {
-        "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint,
-        "vae": config.generate.vae,
-        "sample_prompts": config.generate.sample_prompts,
-        "sample_prompts_cache": config.generate.sample_prompts_cache,
-        "gemma_root": config.gemma.gemma_root,
-        "gemma_safetensors": config.gemma.gemma_safetensors,
-    }
-    for name, path in named.items():
-        if isinstance(path, Path) and not path.exists():
-            yield f"--{name} {path}: not found"
+    yield from missing(
+        {
+            "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint,
+            "vae": config.generate.vae,
+            "sample_prompts": config.generate.sample_prompts,
+            "sample_prompts_cache": config.generate.sample_prompts_cache,
+            "gemma_root": config.gemma.gemma_root,
+            "gemma_safetensors": config.gemma.gemma_safetensors,
+        }
+    )
     for path in config.lora.lora_weight:
-        if not path.exists():
-            yield f"--lora_weight {path}: not found"
+        yield from missing({"lora_weight": path})
+    folder = config.generate.output_dir
+    if folder.exists() and not folder.is_dir():
+        yield f"--output_dir {folder}: is a file, expected a folder"
 
 
 def _prompts(config: GenerateVideoConfig) -> Iterable[str]:
@@ -46,12 +47,12 @@ def _prompts(config: GenerateVideoConfig) -> Iterable[str]:
 def _combinations(config: GenerateVideoConfig) -> Iterable[str]:
     lora, mode = config.lora, config.checkpoint.ltx2_mode
     count, given = len(lora.lora_weight), len(lora.lora_multiplier)
-    if given not in (0, 1, count):
-        yield f"--lora_multiplier: expected none, one or {count} (one for each --lora_weight), got {given}"
     if given and not count:
         yield "--lora_multiplier needs --lora_weight"
-    if config.decode.sample_audio_only and mode == "video":
-        yield "--sample_audio_only needs --ltx2_mode av or audio"
+    elif given not in (0, 1, count):
+        yield f"--lora_multiplier: {given} values for {count} files; give one each, one or none"
+    yield from dtypes({"vae_dtype": config.generate.vae_dtype})
+    yield from samples(config.decode, mode)
     if not 0 <= config.guidance.guidance_rescale <= 1:
         yield f"--guidance_rescale: expected 0 to 1, got {config.guidance.guidance_rescale}"
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from .rules_common import dtypes, missing, samples
 from .training import TrainNetworkConfig
 
 # Flags of the usual commands whose work arrives with the memory features.
@@ -37,17 +37,16 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
     for name, value in needed.items():
         if value is None:
             yield f"--{name} is required"
-    named = {
-        **{k: v for k, v in needed.items() if k != "output_dir"},
-        "network_weights": config.network.network_weights,
-        "sample_prompts": config.preview.sample_prompts,
-        "gemma_root": config.gemma.gemma_root,
-        "gemma_safetensors": config.gemma.gemma_safetensors,
-        "resume": config.save.resume,
-    }
-    for name, value in named.items():
-        if isinstance(value, Path) and not value.exists():
-            yield f"--{name} {value}: not found"
+    yield from missing(
+        {
+            **{k: v for k, v in needed.items() if k != "output_dir"},
+            "network_weights": config.network.network_weights,
+            "sample_prompts": config.preview.sample_prompts,
+            "gemma_root": config.gemma.gemma_root,
+            "gemma_safetensors": config.gemma.gemma_safetensors,
+            "resume": config.save.resume,
+        }
+    )
 
 
 def ranges(config: TrainNetworkConfig) -> Iterable[str]:
@@ -62,6 +61,11 @@ def ranges(config: TrainNetworkConfig) -> Iterable[str]:
         "save_every_n_epochs": config.save.save_every_n_epochs,
         "sample_every_n_steps": config.preview.sample_every_n_steps,
         "sample_every_n_epochs": config.preview.sample_every_n_epochs,
+        # 0 would remove each file as soon as it is written.
+        "save_last_n_steps": config.save.save_last_n_steps,
+        "save_last_n_epochs": config.save.save_last_n_epochs,
+        "save_last_n_steps_state": config.save.save_last_n_steps_state,
+        "save_last_n_epochs_state": config.save.save_last_n_epochs_state,
     }
     yield from (f"--{k}: expected at least 1, got {v}" for k, v in at_least_one.items() if v is not None and v < 1)
     not_negative = {
@@ -103,14 +107,14 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
         yield "--gemma_safetensors cannot be loaded in 8 or 4 bit; use --gemma_root"
     if config.version.ltx2_audio_only_model and config.checkpoint.ltx2_mode != "audio":
         yield f"--ltx2_audio_only_model needs --ltx2_mode audio, got {config.checkpoint.ltx2_mode}"
-    samples = preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs
-    if samples and preview.sample_prompts is None:
+    wants_samples = preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs
+    if wants_samples and preview.sample_prompts is None:
         yield "--sample_at_first and --sample_every_n_* need --sample_prompts"
     has_text_encoder = gemma.gemma_root or gemma.gemma_safetensors or preview.use_precached_sample_prompts
-    if samples and preview.sample_prompts is not None and not has_text_encoder:
+    if wants_samples and preview.sample_prompts is not None and not has_text_encoder:
         yield "--sample_prompts needs --gemma_root, --gemma_safetensors or --use_precached_sample_prompts"
-    if config.decode.sample_audio_only and config.checkpoint.ltx2_mode == "video":
-        yield "--sample_audio_only needs --ltx2_mode av or audio"
+    yield from dtypes({"vae_dtype": config.precision.vae_dtype})
+    yield from samples(config.decode, config.checkpoint.ltx2_mode)
     for kind in ("epochs", "steps"):
         for suffix in ("", "_state"):
             if getattr(save, f"save_last_n_{kind}{suffix}") is not None and not getattr(save, f"save_every_n_{kind}"):

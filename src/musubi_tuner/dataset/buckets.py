@@ -14,10 +14,12 @@ Size = tuple[int, int]
 
 SPATIAL_STRIDE = 32  # pixels per latent row and column
 TEMPORAL_STRIDE = 8  # frames per latent frame after the first (causal)
+IMAGE_FPS = 25.0  # of an image as a clip of one frame
 
 AUDIO_RATE = 16_000  # Hz, what the audio VAE reads
 AUDIO_HOP = 160  # samples per mel frame
 AUDIO_STRIDE = 4  # mel frames per latent step
+SHORTEST_SOUND = 513  # samples; the spectrogram reflects half a window of 1024 at each end
 AUDIO_LATENTS_PER_SECOND = AUDIO_RATE / AUDIO_HOP / AUDIO_STRIDE
 
 

@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 
 from .audio import AudioTrack, NoAudio, cut_clip, probe_audio, to_16k
-from .buckets import AUDIO_RATE, Size
+from .buckets import AUDIO_RATE, IMAGE_FPS, SHORTEST_SOUND, Size
+from .cache import clip_base
 from .frames import (
     ClipWindow,
     Cut,
@@ -44,8 +45,6 @@ from .sources import SourceItem
 logger = logging.getLogger(__name__)
 
 AudioStatus = Literal["present", "absent", "not requested"]
-
-IMAGE_FPS = 25.0
 
 # Beyond these a container's rate is a damaged or meaningless value.
 _LOWEST_FPS, _HIGHEST_FPS = 1.0, 1000.0
@@ -110,7 +109,7 @@ def base_name(item: SourceItem, window: ClipWindow | None) -> str:
     """``<stem>``, for clips of a video ``<stem>_<start>-<count>``."""
     if item.kind != "video" or window is None:
         return item.stem
-    return f"{item.stem}_{window.start:05d}-{window.count:03d}"
+    return clip_base(item.stem, window.start, window.count)
 
 
 # --- clips --------------------------------------------------------------------------------------------------
@@ -179,9 +178,13 @@ def _image_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
 def _audio_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
     with AudioTrack(item.path) as track:
         samples = track.read_all()
-        notes = _sound_notes(track)
+        _warn_of_damage(track)
     if isinstance(samples, NoAudio):
         raise MediaError(f"{item.path}: {samples.reason}; remove it from the directory")
+    waveform = to_16k(samples, track.rate)
+    if waveform.shape[1] < SHORTEST_SOUND:
+        raise MediaError(f"{item.path}: {_too_short(waveform)}; remove it from the directory")
+    _warn_if_cut_short(item.path, waveform.shape[1] / AUDIO_RATE)
     return PreparedClip(
         base_name=base_name(item, None),
         item=item,
@@ -189,10 +192,9 @@ def _audio_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
         window=None,
         pixels=None,
         fps=entry.target_fps,
-        waveform=to_16k(samples, track.rate),
+        waveform=waveform,
         audio_status="present",
         original_size=None,
-        notes=notes,
     )
 
 
@@ -211,7 +213,7 @@ def _video_clips(
             length=length,
         )
         for cut in cuts:
-            waveform, status, sound_notes = _clip_sound(track, cut, entry.target_fps)
+            waveform, status, reason = _clip_sound(track, cut, entry.target_fps)
             yield PreparedClip(
                 base_name=base_name(item, cut.window),
                 item=item,
@@ -222,8 +224,10 @@ def _video_clips(
                 waveform=waveform,
                 audio_status=status,
                 original_size=video.info.size,
-                notes=notes + sound_notes,
+                notes=notes + reason,
             )
+        if isinstance(track, AudioTrack):
+            _warn_of_damage(track)
 
 
 def _bucket(item: SourceItem, entry: DatasetEntry, size: Size) -> Size:
@@ -298,16 +302,29 @@ def _clip_sound(
     track.forget(cut.earliest)
     if isinstance(samples, NoAudio):
         return None, "absent", (samples.reason,)
-    return samples, "present", _sound_notes(track)
+    if samples.shape[1] < SHORTEST_SOUND:
+        return None, "absent", (_too_short(samples),)
+    return samples, "present", ()
 
 
-def _sound_notes(track: AudioTrack) -> tuple[str, ...]:
-    notes = []
+def _too_short(waveform: np.ndarray) -> str:
+    found, needed = (1000 * count / AUDIO_RATE for count in (waveform.shape[1], SHORTEST_SOUND))
+    return f"{found:.0f} ms of sound, at least {needed:.0f} ms are needed"
+
+
+def _warn_of_damage(track: AudioTrack) -> None:
     if track.gaps:
-        notes.append(f"{track.gaps:.2f} s of pauses in the sound filled with silence")
+        logger.warning("%s: %.2f s of pauses in the sound filled with silence", track.path.name, track.gaps)
     if track.damaged:
-        notes.append(f"{track.damaged} damaged packets of sound left out")
-    return tuple(notes)
+        logger.warning("%s: %d damaged packets of sound left out", track.path.name, track.damaged)
+
+
+def _warn_if_cut_short(path: Path, seconds: float) -> None:
+    """Only a warning: some formats know their duration by an estimate from the bit rate."""
+    info = probe_audio(path)
+    stated = None if isinstance(info, NoAudio) else info.duration
+    if stated is not None and seconds < stated - max(0.5, 0.05 * stated):
+        logger.warning("%s: ends at %.2f s of %.2f s; the file may be truncated", path.name, seconds, stated)
 
 
 # --- planning -----------------------------------------------------------------------------------------------

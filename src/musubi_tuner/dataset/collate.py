@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +11,12 @@ from torch.nn.functional import pad
 
 from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.config.model import Mode
 
 from .batch import AudioLatents, Batch, SampleKey, TextEmbeds, VideoLatents
 from .cache import Grid, read_audio, read_latents, read_text, read_virtual_grid
-from .items import CachedItem, Mode, TrainingSet
+from .items import MODALITIES, CachedItem, TrainingSet
 from .sampling import BatchSpec
-
-_TEXT_OF_MODE: Mapping[Mode, tuple[Modality, ...]] = {
-    "video": ("video",),
-    "av": ("video", "audio"),
-    "audio": ("audio",),
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ def load_item(item: CachedItem, mode: Mode, key: SampleKey, *, legacy_text_width
     Raises:
         UserError: a file is missing, damaged or of another mode.
     """
-    text, mask = read_text(item.text, _TEXT_OF_MODE[mode], legacy_text_widths)
+    text, mask = read_text(item.text, MODALITIES[mode], legacy_text_widths)
     audio, length = read_audio(item.audio) if mode != "video" and item.audio is not None else (None, 0)
     virtual_grid = read_virtual_grid(item.latents) if mode == "audio" else None
     if mode == "audio" and virtual_grid is None:

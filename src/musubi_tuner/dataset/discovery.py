@@ -15,8 +15,9 @@ from pathlib import Path
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.common.tables import format_table
+from musubi_tuner.config.model import Mode
 
-from .buckets import SPATIAL_STRIDE, audio_bucket_step, bucket_sizes
+from .buckets import IMAGE_FPS, SPATIAL_STRIDE, audio_bucket_step, bucket_sizes
 from .cache import (
     AudioHeader,
     CacheName,
@@ -28,14 +29,12 @@ from .cache import (
     read_text_header,
     split_clip_base,
 )
-from .fingerprint import cached_settings, short_list
-from .items import CachedDataset, CachedItem, CacheProblem, MadeBy, Mode, Repair, TrainingSet
+from .fingerprint import cached_settings, encoder_record, short_list
+from .items import MODALITIES, CachedDataset, CachedItem, CacheProblem, MadeBy, Repair, TrainingSet
 from .schema import DatasetConfig, DatasetEntry
 from .sources import list_items
 
 logger = logging.getLogger(__name__)
-
-IMAGE_FPS = 25.0
 
 
 def discover(
@@ -242,9 +241,9 @@ def _made_by(latents: LatentHeader, audio: AudioHeader | None, text: TextHeader)
     headers = [header for header in (latents, audio, text) if header is not None]
     return _shared(
         MadeBy(
-            video_vae=latents.metadata.get("encoder_id") or None,
-            audio_vae=(audio.metadata.get("encoder_id") or None) if audio else None,
-            text=text.metadata.get("encoder_id") or None,
+            video_vae=encoder_record(latents.metadata),
+            audio_vae=encoder_record(audio.metadata) if audio else None,
+            text=encoder_record(text.metadata),
             recorded=all("cache_key" in header.metadata for header in headers),
         )
     )
@@ -306,8 +305,7 @@ def _bucket_mismatch(entry: DatasetEntry, header: LatentHeader) -> str | None:
 
 def text_mismatch(mode: Mode, header: TextHeader, caption: str | None) -> str | None:
     """Why text embeddings do not belong to an item; ``caption`` is ``None`` where it is not known."""
-    needed = {"video": ("video",), "audio": ("audio",), "av": ("video", "audio")}[mode]
-    missing = [modality for modality in needed if header.widths[modality] is None]  # type: ignore[index]
+    missing = [modality for modality in MODALITIES[mode] if header.widths[modality] is None]
     made_in_video = header.metadata.get("ltx2_mode") == "video"
     if missing and (header.legacy_width is None or header.widths or made_in_video):
         return f"text embeddings lack the {' and '.join(missing)} part that mode {mode} needs"

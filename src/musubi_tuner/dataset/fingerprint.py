@@ -20,7 +20,7 @@ from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import ConfigErrors
 
 from .cache import legacy_slice
-from .items import CachedItem, CacheProblem, Repair, TrainingSet
+from .items import MODALITIES, CachedItem, CacheProblem, EncoderRecord, Repair, TrainingSet
 
 logger = logging.getLogger(__name__)
 
@@ -49,19 +49,25 @@ def source_stamp(path: Path) -> dict[str, str]:
 
 
 def provenance(
-    source: Path, encoder_id: str | None, settings: Mapping[str, object], *, content_in_settings: bool = False
+    source: Path,
+    encoder: EncoderRecord | None,
+    settings: Mapping[str, object],
+    *,
+    content_in_settings: bool = False,
 ) -> dict[str, str]:
     """Metadata of a cache file.
 
     Args:
         source: the file (or directory of images) that is encoded.
-        encoder_id: of the component that encodes it; ``None`` if the checkpoint cannot be fingerprinted.
+        encoder: what encodes it; ``None`` = nothing does (a placeholder).
         settings: everything else that determines the content, JSON values.
         content_in_settings: ``settings`` hold the content itself (a caption), so a new date of the source does
             not matter.
     """
     stamp = source_stamp(source)
-    identity = {"encoder_id": encoder_id or "", **({} if content_in_settings else stamp)}
+    identity = {"encoder_id": encoder.id if encoder else "", **({} if content_in_settings else stamp)}
+    if encoder and encoder.replaces:
+        identity["encoder_replaces"] = encoder.replaces
     own = {name: str(settings[name]) for name in _PUBLIC if settings.get(name) is not None}
     return {
         **stamp,
@@ -80,11 +86,17 @@ def stale_reason(cached: Mapping[str, str], current: Mapping[str, str]) -> str |
     """
     if "cache_key" not in cached or cached["cache_key"] == current["cache_key"]:
         return None
-    if cached.get("encoder_id") != current.get("encoder_id"):
+    if any(cached.get(name) != current.get(name) for name in ("encoder_id", "encoder_replaces")):
         return "another checkpoint"
     old, new = cached_settings(cached), cached_settings(current)
     changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     return f"changed: {', '.join(changed)}" if changed else "the source file changed"
+
+
+def encoder_record(metadata: Mapping[str, str]) -> EncoderRecord | None:
+    """The encoder that :func:`provenance` wrote, if any."""
+    made_by = metadata.get("encoder_id")
+    return EncoderRecord(made_by, metadata.get("encoder_replaces")) if made_by else None
 
 
 def cached_settings(metadata: Mapping[str, str]) -> Mapping[str, object]:

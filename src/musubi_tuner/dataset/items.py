@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from musubi_tuner.common.av import AV
+from musubi_tuner.common.av import AV, Modality
+from musubi_tuner.config.model import Mode
 
 from .cache import Grid
+from .files import Kind
 
-Mode = Literal["video", "av", "audio"]
-DatasetKind = Literal["video", "image", "audio"]
+# What a mode trains, and so which text embeddings it reads.
+MODALITIES: Mapping[Mode, tuple[Modality, ...]] = {
+    "video": ("video",),
+    "av": ("video", "audio"),
+    "audio": ("audio",),
+}
+
 AudioStrategy = Literal["pad", "truncate"]
 # The caching script that puts it right; "text anew": with --skip_existing it would keep the file.
 Repair = Literal["latents", "text", "text anew"]
 
 
 @dataclass(frozen=True)
+class EncoderRecord:
+    """What made a cache, by its fingerprint."""
+
+    id: str
+    replaces: str | None = None  # the checkpoint's own encoder, where another file was named instead of it
+
+    def belongs_to(self, own: str) -> bool:
+        """Whether the cache was made by, or on purpose for, the checkpoint whose own encoder is ``own``."""
+        return own in (self.id, self.replaces)
+
+
+@dataclass(frozen=True)
 class MadeBy:
     """Which encoders made an item's caches, as their metadata says; ``None`` = not recorded."""
 
-    video_vae: str | None = None
-    audio_vae: str | None = None
-    text: str | None = None
+    video_vae: EncoderRecord | None = None
+    audio_vae: EncoderRecord | None = None
+    text: EncoderRecord | None = None
     recorded: bool = True  # False: some file carries no metadata of ours at all
 
 
@@ -50,7 +69,7 @@ class CachedDataset:
     """The items of one ``[[datasets]]`` entry and its batching options."""
 
     index: int  # in the configuration
-    kind: DatasetKind
+    kind: Kind
     items: tuple[CachedItem, ...]
     batch_size: int = 1
     num_repeats: int = 1

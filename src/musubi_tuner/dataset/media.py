@@ -141,9 +141,11 @@ class Video:
 
     def _check_complete(self, end: float) -> None:
         stated = self.info.duration
-        if stated is not None and end < stated - max(0.5, 0.02 * stated):
+        # Some containers count from their own zero, which may lie before the first frame.
+        reached = end + max(self.origin, 0.0)
+        if stated is not None and reached < stated - max(0.5, 0.02 * stated):
             raise MediaError(
-                f"{self.path}: ends at {end:.2f} s of {stated:.2f} s, the file is truncated or damaged; "
+                f"{self.path}: ends at {reached:.2f} s of {stated:.2f} s, the file is truncated or damaged; "
                 "repair or remove it"
             )
 
@@ -260,7 +262,7 @@ def resize_to_bucket(pixels: np.ndarray, bucket: Size) -> np.ndarray:
     new = int(width * scale + 0.5), int(height * scale + 0.5)
     if new != (width, height):
         if scale > 1:
-            pixels = np.asarray(Image.fromarray(pixels).resize(new, Image.Resampling.LANCZOS))
+            pixels = np.array(Image.fromarray(pixels).resize(new, Image.Resampling.LANCZOS))  # writable, for torch
         else:
             pixels = cv2.resize(pixels, new, interpolation=cv2.INTER_AREA)
     left, top = (new[0] - target_width) // 2, (new[1] - target_height) // 2

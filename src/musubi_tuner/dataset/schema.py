@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from musubi_tuner.common.errors import ConfigErrors, UserError, did_you_mean
+from musubi_tuner.config.model import Mode
 
 from .buckets import SPATIAL_STRIDE, Size, choose_bucket, floor_frames, floor_to
 from .files import Kind, duplicate_stems, media_kind, scan_directory
@@ -28,8 +29,6 @@ else:
     import tomli as tomllib
 
 logger = logging.getLogger(__name__)
-
-Mode = Literal["video", "av", "audio"]
 
 _SMALLEST_SIDE = SPATIAL_STRIDE
 _SMALLEST_BUCKETED = 2 * SPATIAL_STRIDE  # side of the equal-area square; below it buckets of width 0 appear

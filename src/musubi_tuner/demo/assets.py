@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musubi_tuner.common.atomic import write_text
+from musubi_tuner.generation.decode import Sound
+from musubi_tuner.generation.write import write_wav
+from musubi_tuner.models.audio_vae import SAMPLE_RATE
 from musubi_tuner.models.ltx2.config import Version
 
 from .checkpoint import write_checkpoint
 from .clips import CLIPS_DIR, shipped_clips
+from .fit import read_sound
 from .gemma import write_gemma
 
 RESOLUTION = (192, 128)
@@ -32,11 +36,24 @@ target_frames = [{frames}]  # 8k + 1
 frame_extraction = "head"
 """
 
-_PROMPTS = """\
-# One prompt a line: --w width, --h height, --f frames, --d seed, --s steps, --g guidance, --n negative prompt
-A big grey rabbit stands on a green meadow and yawns. Animated film. --w {width} --h {height} --f {frames} --d 1 --s 8 --g 3.0 --n blurry, distorted
-A big grey rabbit crawls out of a dark burrow. Animated film. --w {width} --h {height} --f {frames} --d 2 --s 8 --g 3.0 --n blurry, distorted
+_AUDIO_DATASET = """\
+# The sound of the clips alone, for --ltx2_mode audio.
+
+[general]
+caption_extension = ".txt"
+batch_size = 1
+
+[[datasets]]
+audio_directory = "{sounds}"
+cache_directory = "{cache}"
 """
+
+_PROMPTS = """\
+# One prompt a line. --w width, --h height, --f frames, --s steps, --g guidance, --d seed
+A big grey rabbit stands on a green meadow and yawns. Animated film. {options} --d 1
+A big grey rabbit crawls out of a dark burrow. Animated film. {options} --d 2
+"""
+_OPTIONS = "--w {width} --h {height} --f {frames} --s 8 --g 3.0"
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,9 @@ class Assets:
     dataset: Path
     prompts: Path
     cache: Path
+    sounds: Path
+    audio_dataset: Path
+    audio_cache: Path
 
 
 def asset_paths(output_dir: Path) -> Assets:
@@ -60,11 +80,16 @@ def asset_paths(output_dir: Path) -> Assets:
         dataset=output_dir / "dataset.toml",
         prompts=output_dir / "prompts.txt",
         cache=output_dir / "cache",
+        sounds=output_dir / "sounds",
+        audio_dataset=output_dir / "dataset_audio.toml",
+        audio_cache=output_dir / "cache_audio",
     )
 
 
 def write_assets(output_dir: Path, ltx_version: Version) -> Assets:
-    """Write a tiny random checkpoint, a tiny Gemma folder, the demo clips, ``dataset.toml`` and ``prompts.txt``.
+    """Write a tiny random checkpoint, a tiny Gemma folder, the demo clips, datasets and ``prompts.txt``.
+
+    ``dataset.toml`` has the clips (modes video and av), ``dataset_audio.toml`` their sound (mode audio).
 
     Args:
         output_dir: is created; files of an earlier call are replaced.
@@ -72,10 +97,14 @@ def write_assets(output_dir: Path, ltx_version: Version) -> Assets:
     """
     paths = asset_paths(output_dir)
     paths.videos.mkdir(parents=True, exist_ok=True)
+    paths.sounds.mkdir(exist_ok=True)
     clips = shipped_clips()
     for clip in clips:
-        for file in (clip, clip.with_suffix(".txt")):
-            shutil.copyfile(file, paths.videos / file.name)
+        caption = clip.with_suffix(".txt")
+        shutil.copyfile(clip, paths.videos / clip.name)
+        shutil.copyfile(caption, paths.videos / caption.name)
+        shutil.copyfile(caption, paths.sounds / caption.name)
+        write_wav(paths.sounds / f"{clip.stem}.wav", Sound(read_sound(clip), SAMPLE_RATE))
     shutil.copyfile(CLIPS_DIR / "ATTRIBUTION.md", paths.videos / "ATTRIBUTION.md")
     write_gemma(paths.gemma, [clip.with_suffix(".txt").read_text(encoding="utf-8") for clip in clips])
     write_checkpoint(paths.checkpoint, ltx_version, clips)
@@ -84,5 +113,6 @@ def write_assets(output_dir: Path, ltx_version: Version) -> Assets:
         paths.dataset,
         _DATASET.format(videos=paths.videos.name, cache=paths.cache.name, **size),
     )
-    write_text(paths.prompts, _PROMPTS.format(**size))
+    write_text(paths.audio_dataset, _AUDIO_DATASET.format(sounds=paths.sounds.name, cache=paths.audio_cache.name))
+    write_text(paths.prompts, _PROMPTS.format(options=_OPTIONS.format(**size)))
     return paths

@@ -40,6 +40,7 @@ from .mosaic import make_mosaic
 from .sections import official_config
 
 TRANSFORMER_PREFIX = "model.diffusion_model."
+_BRANCH = 0.2
 
 
 def write_checkpoint(path: Path, version: Version, clips: Sequence[Path] = ()) -> None:
@@ -71,6 +72,8 @@ def build_transformer(section: Mapping[str, Any]) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters():
             if "scale_shift_table" in name:
                 _open_gates(name, parameter)
+            elif name.endswith(("to_out.0.weight", "ff.net.2.weight")):
+                parameter *= _BRANCH  # what a random block says should not drown its input
         for stream in ("", "audio_"):
             _invert_head(getattr(model, f"{stream}patchify_proj"), getattr(model, f"{stream}proj_out"))
     return {TRANSFORMER_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
@@ -92,7 +95,7 @@ def _invert_head(project: nn.Linear, head: nn.Linear) -> None:
     )
     weight = q if project.weight.shape[0] >= project.weight.shape[1] else q.T
     project.weight.copy_(weight * math.sqrt(project.weight.shape[0] / project.weight.shape[1]))
-    head.weight.copy_(weight.T)
+    head.weight.copy_(weight.T * math.sqrt(project.weight.shape[1] / project.weight.shape[0]))
     project.bias.zero_()
     head.bias.zero_()
 

@@ -46,7 +46,7 @@ def fit_audio_statistics(vae: AutoencoderKLLTX2Audio, clips: Sequence[Path]) -> 
     """Give the latents of the clips' sound zero mean and unit deviation."""
     vae.eval()
     latents = torch.cat(
-        [vae.encode(log_mel(_read_sound(clip)[None])).latent_dist.mode() for clip in clips], dim=2
+        [vae.encode(log_mel(read_sound(clip)[None])).latent_dist.mode() for clip in clips], dim=2
     )  # [1, 8, T, 16]
     _set_statistics(vae, latents, dims=(0, 2))
 
@@ -89,7 +89,7 @@ def _read_pixels(clip: Path) -> Tensor:
     return pixels.permute(3, 0, 1, 2)[None]
 
 
-def _read_sound(clip: Path) -> Tensor:
+def read_sound(clip: Path) -> Tensor:
     """Stereo [2, S] at 16 kHz."""
     resampler = av.AudioResampler(format="fltp", layout="stereo", rate=SAMPLE_RATE)
     with av.open(str(clip)) as container:

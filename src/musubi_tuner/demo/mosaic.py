@@ -9,17 +9,16 @@ off and the resampling layers gather and spread blocks.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLLTX2Video
 from torch import Tensor, nn
 
 _COLOURS = 3
-_LEVEL = 4.0  # added to colours in [-1, 1], so that the final norm divides by almost a constant
+_LEVEL = 8.0  # of constants beside the colours in [-1, 1], so that the final norm divides by almost a constant
 _FIRST = 96  # channels of the colours in the first levels: clear of those that later levels read
 _GATHERED = 13  # convolution channels into which the third level gathers, for the same reason
 _NOW, _BEFORE = 2, 1  # taps of a causal kernel
 _CENTRE = 1
-_GAIN = 2.0  # of the colours beside the constants, in the last level of the decoder
+_GAIN = 4.0  # of the colours beside the constants, in the last level of the decoder
 
 
 @torch.no_grad()
@@ -38,12 +37,12 @@ def _make_encoder(encoder: nn.Module, patch: int) -> None:
     for colour in range(_COLOURS):
         pixels = slice(colour * patch**2, (colour + 1) * patch**2)
         conv_in.weight[_FIRST + colour, pixels, _NOW, _CENTRE, _CENTRE] = 1 / patch**2
-        conv_in.bias[_FIRST + colour] = _LEVEL
     levels = [_clear(block.downsamplers[0].conv.conv) for block in encoder.down_blocks]
     for colour in range(_COLOURS):  # mean of two times, gathered over 2x2
         levels[2].weight[_GATHERED + colour, _FIRST + colour, [_BEFORE, _NOW], _CENTRE, _CENTRE] = 0.5
     for index, channel in enumerate(_gathered_channels()):  # gathered over two times and 2x2
         levels[3].weight[index, channel, _NOW, _CENTRE, _CENTRE] = 1.0
+    levels[3].bias[_FIRST // 8 :] = _LEVEL
     conv_out = _clear(encoder.conv_out.conv)
     for channel in range(128):
         conv_out.weight[channel, channel, _NOW, _CENTRE, _CENTRE] = 1.0
@@ -70,8 +69,7 @@ def _make_decoder(decoder: nn.Module) -> None:
         _set_upsampler(sampler, _spread(sampler))
     _set_upsampler(samplers[-1], _with_both_signs(_spread(samplers[-1]), samplers[-1]))
     bias = samplers[-1].conv.conv.bias.view(-1, _offsets(samplers[-1]))
-    zero = _GAIN * F.silu(torch.ones(()))  # latents of colour zero lie near silu(1)
-    bias[:_COLOURS], bias[_COLOURS : 2 * _COLOURS], bias[2 * _COLOURS :] = -zero, zero, 1.0
+    bias[2 * _COLOURS :] = 1.0
 
 
 def _with_both_signs(wanted: Tensor, sampler: nn.Module) -> Tensor:

@@ -88,7 +88,7 @@ def run_demo(output_dir: Path, *, version: str, mode: str, steps: int, assets_on
 def demo_commands(assets: Assets, output_dir: Path, *, version: str, mode: str, steps: int) -> list[Command]:
     """The path of a user: cache, cache text, train with previews, merge, generate."""
     model = ("--ltx2_checkpoint", str(assets.checkpoint), "--ltx2_mode", mode)
-    data = ("--dataset_config", str(assets.dataset))
+    data = ("--dataset_config", str(_dataset(assets, mode)))
     prompts = ("--sample_prompts", str(assets.prompts))
     size = ("--height", str(HEIGHT), "--width", str(WIDTH), "--sample_num_frames", str(FRAMES))
     half, last, merged = _lora_files(output_dir, steps)
@@ -114,12 +114,13 @@ def demo_commands(assets: Assets, output_dir: Path, *, version: str, mode: str, 
                     "--network_alpha",
                     str(RANK),
                 ),
-                *("--lora_target_preset", "full", "--learning_rate", str(LEARNING_RATE)),
+                *("--lora_target_preset", "audio" if mode == "audio" else "full", "--learning_rate", str(LEARNING_RATE)),
                 *("--lr_scheduler", "cosine", "--lr_warmup_steps", "10", "--max_train_steps", str(steps)),
                 *("--seed", str(SEED), "--max_data_loader_n_workers", "0", "--save_state_on_train_end"),
                 *("--timestep_sampling", "shifted_logit_normal", "--logging_dir", str(output_dir / "logs")),
                 *("--save_every_n_steps", str(steps // 2), "--sample_every_n_steps", str(steps // 2)),
                 *(*samples, "--sample_at_first", "--use_precached_sample_prompts"),
+                *(["--ltx2_audio_only_model"] if mode == "audio" else []),
                 *("--output_dir", str(output_dir / "lora"), "--output_name", NAME),
             ),
             launched=True,
@@ -144,6 +145,10 @@ def demo_commands(assets: Assets, output_dir: Path, *, version: str, mode: str, 
     ]
 
 
+def _dataset(assets: Assets, mode: str) -> Path:
+    return assets.audio_dataset if mode == "audio" else assets.dataset
+
+
 def _lora_files(output_dir: Path, steps: int) -> tuple[Path, Path, Path]:
     folder = output_dir / "lora"
     return (
@@ -165,7 +170,7 @@ def _run(command: Command) -> Step:
 
 def _prove(assets: Assets, output_dir: Path, *, mode: str, steps: int) -> list[Check]:
     half, last, merged = _lora_files(output_dir, steps)
-    training_set = discover(load_dataset_config(assets.dataset), mode)
+    training_set = discover(load_dataset_config(_dataset(assets, mode)), mode)
     probe = Probe.make(Checkpoint.open(assets.checkpoint), BatchLoader(BatchPlan(training_set, SEED)), mode)
     comfy = last.with_name(f"{NAME}.comfy.safetensors")
     return [

@@ -48,8 +48,9 @@ def noise_batch(
         device: where the tokens go.
 
     Returns:
-        The modalities of the batch. Audio is absent when no sample has any; a sample without audio beside others
-        with audio has weight 0 and no valid token.
+        The modalities of the batch. Audio is absent when no sample has any. A sample without audio beside others
+        with audio has weight 0 and tokens of 0, which count as valid: attention over nothing but padding is
+        undefined. Its video must not be let read them (``Perturbations.a2v``).
 
     Raises:
         UserError: an audio batch has no usable virtual grid.
@@ -127,7 +128,8 @@ def _noised_audio(
     # Only the sample's own length is drawn: what follows must not depend on how far the batch is padded.
     for row, length, g in zip(noise, audio.lengths.tolist(), generators, strict=True):
         row[:length] = torch.randn(length, channels, generator=g)
-    valid = torch.arange(steps) < audio.lengths[:, None]  # [B, T]
+    supervised = torch.arange(steps) < audio.lengths[:, None]  # [B, T]
+    valid = supervised | (audio.lengths == 0)[:, None]
     sigma = sigma.to(device)
     return NoisedTokens(
         clean=clean.to(device),
@@ -135,7 +137,7 @@ def _noised_audio(
         t=sigma[:, None],
         sigma=sigma,
         coords=audio_coords(steps, batch, device),
-        weight=valid.to(device, torch.float32),
+        weight=supervised.to(device, torch.float32),
         grid=(steps, 1, 1),
         target=slice(0, steps),
         valid=None if bool(valid.all()) else valid.to(device),

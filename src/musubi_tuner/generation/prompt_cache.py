@@ -19,6 +19,7 @@ from torch import Tensor
 
 from musubi_tuner.common.atomic import atomic_path
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.progress import progress
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.batch import TextEmbeds
 from musubi_tuner.models.text_encoder import PromptEmbeds
@@ -63,7 +64,8 @@ def encode_prompts(encoder: Encoder, prompts: Sequence[SamplePrompt], mode: Mode
         return texts[text]
 
     return [
-        EncodedPrompt(encoded(p.prompt), encoded(p.negative_prompt) if _keeps_negative(p) else None) for p in prompts
+        EncodedPrompt(encoded(p.prompt), encoded(p.negative_prompt) if _keeps_negative(p) else None)
+        for p in progress(prompts, desc="encoding", unit="prompt")
     ]
 
 

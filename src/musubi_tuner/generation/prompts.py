@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,17 +18,14 @@ from typing import Any
 
 from musubi_tuner.common.errors import ConfigErrors, UserError, did_you_mean
 from musubi_tuner.common.log import warn_once
+from musubi_tuner.common.text_files import read_text, read_toml
 from musubi_tuner.diffusion.guidance import Guidance
 from musubi_tuner.diffusion.tokens import AUDIO_LATENTS_PER_SECOND, VIDEO_SPACE_STRIDE, VIDEO_TIME_STRIDE
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 logger = logging.getLogger(__name__)
 
 MAX_STEPS = 1000
+MAX_FRAME_RATE = 240
 MIN_SIDE = 64  # pixels; the decoder of LTX-2.0 mirrors its input at the border, which needs two latent cells
 
 
@@ -130,12 +126,7 @@ def load_prompts(path: Path, defaults: SamplePrompt | None = None) -> list[Sampl
     if read is None:
         raise UserError(f"{path}: prompt files are .txt, .toml or .json, got {path.suffix or 'no suffix'}")
     problems: list[str] = []
-    prompts = []
-    for where, values in read(path, problems):
-        before = len(problems)
-        prompt = make_prompt(values, defaults, where, problems)
-        if len(problems) == before:
-            prompts.append(prompt)
+    prompts = [make_prompt(values, defaults, where, problems) for where, values in read(path, problems)]
     if problems:
         raise ConfigErrors(problems, f"{path}: problems with the prompts")
     if not prompts:
@@ -148,6 +139,7 @@ def make_prompt(values: Mapping[str, Any], defaults: SamplePrompt, where: str, p
 
     What is wrong is appended to ``problems``, each beginning with ``where``.
     """
+    before = len(problems)
     found: dict[str, Any] = {}
     for key, value in values.items():
         try:
@@ -156,6 +148,8 @@ def make_prompt(values: Mapping[str, Any], defaults: SamplePrompt, where: str, p
             problems.append(f"{where}: {key}: {error}, got {value!r}")
     prompt = replace(defaults, **found)
     problems.extend(f"{where}: {problem}" for problem in _violations(prompt))
+    if len(problems) > before:
+        return prompt
     if prompt.discrete_flow_shift is not None:
         warn_once(logger, "flow shift", "%s: the flow shift has no effect on LTX-2, whose schedule is fixed", where)
     if "negative_prompt" in found and found["negative_prompt"] and not prompt.needs_negative:
@@ -167,7 +161,7 @@ def make_prompt(values: Mapping[str, Any], defaults: SamplePrompt, where: str, p
 
 
 def _read_txt(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             where = f"line {number}"
             yield where, parse_line(line, where, problems)
@@ -185,7 +179,10 @@ def parse_line(line: str, where: str, problems: list[str]) -> dict[str, Any]:
         name = option.lower().replace("-", "_")
         if name not in _OPTIONS:
             known = ", ".join(f"--{short}" for short in _SHORT)
-            problems.append(f"{where}: unknown option --{option}{did_you_mean(name, _OPTIONS)}; known: {known}")
+            near = did_you_mean(name, _OPTIONS, flags=True)
+            problems.append(f"{where}: unknown option --{option}{near}; known: {known}")
+        elif _OPTIONS[name] in values:
+            problems.append(f"{where}: --{option} is given twice")
         elif _OPTIONS[name] is not None:
             values[_OPTIONS[name]] = _unquoted(value.strip())
 
@@ -204,10 +201,7 @@ def parse_line(line: str, where: str, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_toml(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        document = tomllib.loads(_read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    document = read_toml(path)
     table = document.get("prompt")
     if unknown := [key for key in document if key != "prompt"]:
         problems.append(f"unknown table or key {unknown[0]!r}, expected [prompt] and [[prompt.subset]]")
@@ -215,6 +209,8 @@ def _read_toml(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str,
         raise UserError(f"{path}: expected a table [prompt] with [[prompt.subset]]")
     common = _known(table, "prompt", problems, besides=("subset",))
     subsets = table.get("subset", [{}])
+    if not isinstance(subsets, list) or not all(isinstance(entry, dict) for entry in subsets):
+        raise UserError(f"{path}: subset: expected tables [[prompt.subset]], got {subsets!r}")
     for index, entry in enumerate(subsets):
         where = f"prompt.subset[{index}]" if "subset" in table else "prompt"
         yield where, common | _with_prompt(_known(entry, where, problems), common, where, problems)
@@ -222,7 +218,7 @@ def _read_toml(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str,
 
 def _read_json(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        document = json.loads(_read_text(path))
+        document = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(document, list):
@@ -237,24 +233,18 @@ def _read_json(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str,
             problems.append(f"{where}: expected a string or an object, got {entry!r}")
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: file not found") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
 def _known(entry: Mapping[str, Any], where: str, problems: list[str], besides: Sequence[str] = ()) -> dict[str, Any]:
-    """Entries under their field names; unknown keys are problems."""
+    """Entries under their field names, without those that are null; unknown and repeated keys are problems."""
     values = {}
     for key, value in entry.items():
-        if key in _KEYS:
-            values[_KEY_ALIASES.get(key, key)] = value
+        name = _KEY_ALIASES.get(key, key)
+        if name in values:
+            problems.append(f"{where}: {name} is given twice")
+        elif name in _FIELDS:
+            values[name] = value
         elif key not in besides:
             problems.append(f"{where}: unknown key {key!r}{did_you_mean(key, _KEYS)}")
-    return values
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _with_prompt(values: dict[str, Any], common: Mapping[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
@@ -304,8 +294,8 @@ def _violations(prompt: SamplePrompt) -> Iterator[str]:
             yield f"{name}: expected at least {MIN_SIDE}, got {value}"
     if prompt.frame_count < 1:
         yield f"frame_count: expected at least 1, got {prompt.frame_count}"
-    if prompt.frame_rate <= 0:
-        yield f"frame_rate: expected more than 0, got {prompt.frame_rate}"
+    if not 1 <= prompt.frame_rate <= MAX_FRAME_RATE:
+        yield f"frame_rate: expected 1 to {MAX_FRAME_RATE}, got {prompt.frame_rate:g}"
     if not 1 <= prompt.sample_steps <= MAX_STEPS:
         yield f"sample_steps: expected 1 to {MAX_STEPS}, got {prompt.sample_steps}"
     if not 0 <= prompt.seed < 2**63:

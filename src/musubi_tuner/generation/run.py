@@ -98,7 +98,7 @@ def render_settings(
 
 
 def decode_tiling(decode: SampleDecodeConfig) -> Tiling:
-    """Tiles of the video decoder from the flags; UserError when sizes do not fit the VAE's strides."""
+    """Tiles of the video decoder from the flags."""
     return Tiling(
         spatial_tile=decode.sample_vae_tile_size if decode.sample_tiled_vae else 0,
         spatial_overlap=decode.sample_vae_tile_overlap,

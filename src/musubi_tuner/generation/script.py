@@ -6,17 +6,20 @@ import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from musubi_tuner.assembly.transformer import assemble_transformer
+from musubi_tuner.common.devices import choose_device
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.errors import ConfigErrors, UserError
-from musubi_tuner.config.sampling import GenerateLoraConfig, GenerateVideoConfig
+from musubi_tuner.config.sampling import GenerateVideoConfig
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.networks.formats import load_lora
-from musubi_tuner.networks.lora_ltx2 import create_network_from_weights
+from musubi_tuner.networks.formats import LoraReader
+from musubi_tuner.networks.lora_ltx2 import absent_modules, create_network_from_weights
+from musubi_tuner.networks.merge import broadcast_multipliers
 
 from .decode import Decoders
 from .prompt_cache import EncodedPrompt, load_prompt_cache
@@ -36,7 +39,7 @@ def generate(config: GenerateVideoConfig) -> int:
         UserError: what is wrong with the request, before a model is loaded where possible.
     """
     options = config.generate
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(options.device)
     dtype = _DTYPES[options.mixed_precision]
     settings = render_settings(
         config.decode,
@@ -58,10 +61,12 @@ def generate(config: GenerateVideoConfig) -> int:
     )
     if settings.write_media:
         decoders.require(video=settings.has_video, audio=settings.has_audio)
+    loras = open_loras(config.lora.lora_weight, checkpoint)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
 
     encoded = _encoded(config, checkpoint, prompts, device=device, dtype=dtype)
     transformer, _ = assemble_transformer(checkpoint, streams=settings.generated, dtype=dtype, device=device)
-    apply_loras(transformer, config.lora, device)
+    apply_loras(transformer, loras, config.lora.lora_multiplier, device)
     results = render_prompts(
         transformer,
         [Job(i, p, e) for i, (p, e) in enumerate(zip(prompts, encoded, strict=True))],
@@ -109,21 +114,36 @@ def read_prompts(config: GenerateVideoConfig) -> list[SamplePrompt]:
     return [prompt]
 
 
-def apply_loras(transformer: LTX2Transformer, lora: GenerateLoraConfig, device: torch.device) -> None:
-    """Attach the LoRA files to the transformer, one on top of the other."""
-    multipliers: Sequence[float] = lora.lora_multiplier or (1.0,)
-    if len(multipliers) == 1:
-        multipliers = multipliers * len(lora.lora_weight)
-    for path, multiplier in zip(lora.lora_weight, multipliers, strict=True):
-        file = load_lora(path)
+def open_loras(paths: Sequence[Path], checkpoint: Checkpoint) -> list[LoraReader]:
+    """Read the headers of LoRA files, so that a wrong one is found before a model is loaded.
+
+    Raises:
+        UserError: a file is no LoRA of LTX-2, or of another version than the checkpoint.
+    """
+    loras = [LoraReader(path) for path in paths]
+    available = {name.removesuffix(".weight") for name in checkpoint.component_keys("transformer")}
+    for lora in loras:
+        absent_modules(lora.infos, available, str(lora.path))
+        version = lora.metadata.get("ss_ltx_version", checkpoint.version)
+        if version != checkpoint.version:
+            logger.warning("%s was trained on LTX-%s, the checkpoint is %s", lora.path, version, checkpoint.version)
+    return loras
+
+
+def apply_loras(
+    transformer: LTX2Transformer, loras: Sequence[LoraReader], multipliers: Sequence[float], device: torch.device
+) -> None:
+    """Attach LoRAs to the transformer, one on top of the other."""
+    for lora, multiplier in zip(loras, broadcast_multipliers(multipliers, len(loras)), strict=True):
+        file = lora.read_all()
         if transformer.mode == "audio":  # the sound alone: what the file says of the video has no place here
             file = replace(file, modules={n: m for n, m in file.modules.items() if "audio_" in n})
             if not file.modules:
-                raise UserError(f"{path}: adapts nothing of the audio stream, and only sound is generated")
+                raise UserError(f"{lora.path}: adapts nothing of the audio stream, and only sound is generated")
         network = create_network_from_weights(multiplier, file, transformer)
         network.apply_to(transformer)
         network.to(device).eval().requires_grad_(False)
-        logger.info("%s x %g: %s", path.name, multiplier, network.describe())
+        logger.info("%s x %g: %s", lora.path.name, multiplier, network.describe())
 
 
 def _encoded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,7 @@ def load_encoder(
         quant_type=gemma.gemma_bnb_4bit_quant_type,
         double_quant=not gemma.gemma_bnb_4bit_disable_double_quant,
         compute_dtype=dtype if compute == "auto" else parse_dtype(compute),
+        offload_weights=os.environ.get("LTX2_GEMMA_SAFETENSORS_WEIGHT_OFFLOAD", "1") != "0",
         dtype=dtype,
         device=device,
     )

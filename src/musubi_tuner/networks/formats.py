@@ -20,17 +20,17 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo
+from musubi_tuner.common.text_files import read_text
 
 from .hashes import TensorSpec, write_safetensors
 from .names import MUSUBI_PREFIX, NATIVE_PREFIX, canonical_name, comfy_name, diffusers_name, flat_name
@@ -53,6 +53,7 @@ _KEY = re.compile(
 )
 _ALPHA = ".alpha"
 _EXPECTED = "expected pairs of lora_down/lora_up or lora_A/lora_B weights"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UNSUPPORTED = {
     r".*\.(dora_scale|lora_magnitude_vector.*)": "DoRA",
     r".*\.lokr_.*": "LyCORIS LoKr",
@@ -117,6 +118,7 @@ class LoraFile:
     modules: Mapping[str, LoraModule]
     metadata: Mapping[str, str]
     format: Format = "native"
+    source: str = "the LoRA"  # what messages call it
 
 
 @dataclass(frozen=True)
@@ -136,47 +138,36 @@ def detect_format(keys: Iterable[str]) -> Format:
     """
     spelled = [k for k in keys if _KEY.fullmatch(k)]
     if not spelled:
-        raise UserError(f"no LoRA: {_EXPECTED}")
+        raise UserError(f"is no LoRA: {_EXPECTED}")
     first = spelled[0]
     if first.startswith(NATIVE_PREFIX):
         return "musubi" if first.startswith(MUSUBI_PREFIX) else "native"
     return "diffusers" if first.startswith(("transformer.", "connectors.", "base_model.")) else "comfy"
 
 
-class LoraReader(AbstractContextManager):
-    """An open LoRA file: names and sizes are known, factors are read one module at a time.
+class LoraReader:
+    """A LoRA file of which names and sizes are known; factors are read one module at a time.
+
+    Attributes:
+        path, metadata, format: of the file.
+        infos: canonical module name -> :class:`ModuleInfo`.
 
     Raises:
         UserError: the file is missing, is no safetensors file, no LoRA, of another model, or inconsistent.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: file not found")
+        self._file = SafetensorsFile(path)
+        self.path = self._file.path
+        self.metadata = self._file.metadata
         try:
-            self._file = safe_open(self.path, framework="pt")
-        except SafetensorError as error:
-            raise UserError(f"{self.path}: not a safetensors file ({error})") from None
-        self._file.__enter__()
-        try:
-            keys = list(self._file.keys())
-            self.metadata: dict[str, str] = self._file.metadata() or {}
+            keys = sorted(self._file.tensors)
             self._keys = self._pairs(keys)
             self.format = detect_format(keys)
             self.infos = {name: self._info(name, pair) for name, pair in self._keys.items()}
-            self._add_alphas(set(keys))
+            self._add_alphas()
         except UserError as error:
-            self.close()
-            text = str(error)
-            raise UserError(text if text.startswith(str(self.path)) else f"{self.path}: {text}") from None
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the file (on Windows it cannot be replaced before)."""
-        self._file.__exit__(None, None, None)
+            raise UserError(f"{self.path}: {error}") from None
 
     def read(self, name: str) -> LoraModule:
         """Factors of one module, by canonical name.
@@ -185,13 +176,13 @@ class LoraReader(AbstractContextManager):
             UserError: they hold NaN or infinity.
         """
         keys = self._keys[name]
-        down, up = (_readable(self._file.get_tensor(k)) for k in (keys.down, keys.up))
+        down, up = (_readable(self._file.read_one(k)) for k in (keys.down, keys.up))
         if not (down.isfinite().all() and up.isfinite().all()):
             raise UserError(f"{self.path}: {name} holds NaN or infinity; the LoRA is broken")
         return LoraModule(down, up, self.infos[name].alpha)
 
     def read_all(self) -> LoraFile:
-        return LoraFile({name: self.read(name) for name in self.infos}, self.metadata, self.format)
+        return LoraFile({name: self.read(name) for name in self.infos}, self.metadata, self.format, str(self.path))
 
     def _pairs(self, keys: list[str]) -> dict[str, _Keys]:
         """Canonical name -> keys of both factors."""
@@ -221,7 +212,7 @@ class LoraReader(AbstractContextManager):
     def _check_pairs(self, found: Mapping[str, Mapping[str, str]], foreign: set[str], keys: list[str]) -> None:
         if not found and not foreign:
             example = f" such as {keys[0]}" if keys else ""
-            raise UserError(f"no LoRA: {len(keys)} tensors{example}, {_EXPECTED}")
+            raise UserError(f"is no LoRA: {len(keys)} tensors{example}, {_EXPECTED}")
         if foreign:
             whose = "some modules" if found else "a LoRA of another model"
             count = f"{len(foreign)} of {len(foreign) + len(found)}"
@@ -232,22 +223,21 @@ class LoraReader(AbstractContextManager):
                 raise UserError(f"{name} has {have} but no {lack} weight; the file is incomplete")
 
     def _info(self, name: str, keys: _Keys) -> ModuleInfo:
-        down, up = (self._file.get_slice(k) for k in (keys.down, keys.up))
-        down_shape, up_shape = tuple(down.get_shape()), tuple(up.get_shape())
-        if len(down_shape) != 2 or len(up_shape) != 2 or down_shape[0] != up_shape[1]:
-            raise UserError(f"{name}: shapes {down_shape} and {up_shape} are no pair [r, in] and [out, r]")
-        if down_shape[0] == 0:
+        down, up = (self._file.tensors[k] for k in (keys.down, keys.up))
+        if len(down.shape) != 2 or len(up.shape) != 2 or down.shape[0] != up.shape[1]:
+            raise UserError(f"{name}: shapes {down.shape} and {up.shape} are no pair [r, in] and [out, r]")
+        if down.shape[0] == 0:
             raise UserError(f"{name} has rank 0")
-        dtypes = [_header_dtype(s.get_dtype(), name) for s in (down, up)]
-        return ModuleInfo(down_shape[0], down_shape[1], up_shape[0], torch.promote_types(*dtypes))
+        dtype = torch.promote_types(*(_read_dtype(info, name) for info in (down, up)))
+        return ModuleInfo(down.shape[0], down.shape[1], up.shape[0], dtype)
 
-    def _add_alphas(self, keys: set[str]) -> None:
+    def _add_alphas(self) -> None:
         """Fill in alpha from the tensors, else from PEFT's configuration."""
         config = self._peft_config()
         for name, info in self.infos.items():
             module = _KEY.fullmatch(self._keys[name].down)["module"]
-            if module + _ALPHA in keys:
-                alpha = float(self._file.get_tensor(module + _ALPHA).reshape(-1)[0])
+            if module + _ALPHA in self._file.tensors:
+                alpha = float(self._file.read_one(module + _ALPHA).reshape(-1)[0])
                 if not abs(alpha) < float("inf"):
                     raise UserError(f"{module}{_ALPHA} is {alpha}")
                 alpha = alpha or None  # 0 stands for the rank
@@ -262,7 +252,7 @@ class LoraReader(AbstractContextManager):
                 return {k.removeprefix("transformer."): v for k, v in packed.items()}
             beside = self.path.with_name(_PEFT_CONFIG)
             if self.format == "diffusers" and beside.is_file():
-                return json.loads(beside.read_text(encoding="utf-8"))
+                return json.loads(read_text(beside))
         except json.JSONDecodeError as error:
             raise UserError(f"the LoRA's PEFT configuration is not JSON: {error}") from None
         return {}
@@ -274,8 +264,7 @@ def load_lora(path: str | os.PathLike[str]) -> LoraFile:
     Raises:
         UserError: see :class:`LoraReader` and :meth:`LoraReader.read`.
     """
-    with LoraReader(path) as reader:
-        return reader.read_all()
+    return LoraReader(path).read_all()
 
 
 def _check_other_key(key: str) -> None:
@@ -285,20 +274,17 @@ def _check_other_key(key: str) -> None:
             raise UserError(f"{key}: a {kind} file; only plain LoRA (down/up pairs) is supported")
 
 
-def _header_dtype(spelled: str, name: str) -> torch.dtype:
-    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-    dtypes |= {
-        "F8_E4M3": torch.bfloat16,
-        "F8_E5M2": torch.bfloat16,
-    }  # read as bfloat16, which holds them exactly
-    try:
-        return dtypes[spelled]
-    except KeyError:
-        raise UserError(f"{name}: factors of type {spelled}, expected floating point") from None
+def _read_dtype(info: TensorInfo, name: str) -> torch.dtype:
+    """What :func:`_readable` makes of a stored tensor."""
+    if info.dtype in _DTYPES:
+        return info.dtype
+    if info.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return torch.bfloat16  # holds them exactly
+    raise UserError(f"{name}: factors of type {dtype_name(info.dtype)}, expected floating point")
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
+    return tensor if tensor.dtype in _DTYPES else tensor.to(torch.bfloat16)
 
 
 def _peft_alpha(config: Mapping[str, Any], name: str, rank: int) -> float | None:

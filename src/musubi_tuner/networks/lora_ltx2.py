@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from musubi_tuner.common.errors import UserError
 
-from .formats import Format, LoraFile, LoraModule, LoraReader, save_lora
+from .formats import Format, LoraFile, LoraModule, load_lora, save_lora
 from .lora import LoRALinear, Switch
 from .names import NATIVE_PREFIX, flat_name, in_transformer
 from .network_args import NetworkArgs, parse_network_args, probability
@@ -121,8 +121,8 @@ class LoRANetwork(nn.Module):
         Raises:
             UserError: the file is no LTX-2 LoRA, modules do not correspond, or ranks differ.
         """
-        lora, source = _read(file)
-        report = self._compare(lora, source)
+        lora = _read(file)
+        report = self._compare(lora)
         with torch.no_grad():
             for name in report.matched:
                 module, given = self.modules_by_name[name], lora.modules[name]
@@ -130,11 +130,11 @@ class LoRANetwork(nn.Module):
                 module.lora_up.weight.copy_(given.up)
                 module.set_alpha(given.alpha or given.info.rank)
         if report.missing or report.unexpected:
-            logger.warning("%s: %s", source, report)
+            logger.warning("%s: %s", lora.source, report)
         return report
 
-    def _compare(self, lora: LoraFile, source: str) -> LoadReport:
-        own, given = self.modules_by_name, lora.modules
+    def _compare(self, lora: LoraFile) -> LoadReport:
+        own, given, source = self.modules_by_name, lora.modules, lora.source
         report = LoadReport(
             matched=tuple(n for n in own if n in given),
             missing=tuple(n for n in own if n not in given),
@@ -143,8 +143,7 @@ class LoRANetwork(nn.Module):
         wrong = [n for n in (*report.missing, *report.unexpected) if "audio_" not in n and in_transformer(n)]
         if wrong or not report.matched:
             raise UserError(
-                f"{source}: does not fit the network: {report}; use the target preset and patterns it was "
-                "trained with, or --dim_from_weights"
+                f"{source}: does not fit the network: {report}; use the target preset and patterns it was trained with"
             )
         for name in report.matched:
             _check_sizes(name, own[name], given[name], source)
@@ -270,16 +269,14 @@ def create_network_from_weights(
     Raises:
         UserError: the file is no LTX-2 LoRA or does not fit the transformer.
     """
-    lora, source = _read(file)
+    lora = _read(file)
     available = {n: m for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
-    absent = [n for n in lora.modules if n not in available]
-    wrong = [n for n in absent if "audio_" not in n and in_transformer(n)]
-    if wrong or len(absent) == len(lora.modules):
-        wrong = wrong or absent
-        raise UserError(f"{source}: {len(wrong)} modules are not in the transformer, such as {wrong[0]}")
+    absent = absent_modules(lora.modules, available, lora.source)
     if absent:
-        example = absent[0]
-        logger.warning("%s: the transformer lacks %d modules (such as %s)", source, len(absent), example)
+        logger.warning(
+            "%s: %d of %d modules are left out, since the mode builds no such part of the transformer (such as %s)",
+            *(lora.source, len(absent), len(lora.modules), absent[0]),
+        )
     switch, dropout = Switch(), _dropout(dropout)
     modules = {
         name: LoRALinear(available[name], m.info.rank, m.alpha or 0.0, dropout=dropout, switch=switch)
@@ -287,9 +284,26 @@ def create_network_from_weights(
         if name in available
     }
     network = LoRANetwork(modules, switch)
-    network.load_weights(LoraFile({n: lora.modules[n] for n in modules}, lora.metadata, lora.format))
+    network.load_weights(replace(lora, modules={n: lora.modules[n] for n in modules}))
     network.multiplier = multiplier
     return network
+
+
+def absent_modules(names: Collection[str], available: Container[str], source: str) -> list[str]:
+    """Those of a LoRA's modules that a transformer lacks, where that is no mistake: audio and connectors.
+
+    Raises:
+        UserError: others are missing, or all.
+    """
+    absent = [n for n in names if n not in available]
+    wrong = [n for n in absent if "audio_" not in n and in_transformer(n)]
+    if wrong or len(absent) == len(names):
+        reason = "it belongs to another model or version" if wrong else "the mode builds no part that it adapts"
+        raise UserError(
+            f"{source}: {len(wrong or absent)} of its {len(names)} modules are not in the transformer, "
+            f"such as {(wrong or absent)[0]}; {reason}"
+        )
+    return absent
 
 
 def _chooser(patterns: Mapping[str, Any], audio: Any, default: Any, source: str) -> Callable[[str], Any]:
@@ -328,11 +342,8 @@ def _notice_gates(names: list[str], args: NetworkArgs) -> None:
         )
 
 
-def _read(file: str | os.PathLike[str] | LoraFile) -> tuple[LoraFile, str]:
-    if isinstance(file, LoraFile):
-        return file, "the LoRA"
-    with LoraReader(file) as reader:
-        return reader.read_all(), str(file)
+def _read(file: str | os.PathLike[str] | LoraFile) -> LoraFile:
+    return file if isinstance(file, LoraFile) else load_lora(file)
 
 
 def _check_sizes(name: str, module: LoRALinear, given: LoraModule, source: str) -> None:
@@ -346,5 +357,5 @@ def _check_sizes(name: str, module: LoRALinear, given: LoraModule, source: str) 
     if have.rank != want.rank:
         raise UserError(
             f"{source}: {name} has rank {have.rank}, the network {want.rank}; "
-            f"use --network_dim {have.rank} or --dim_from_weights"
+            f"use --network_dim {have.rank} (or rank_pattern in --network_args)"
         )

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,7 +31,8 @@ RankMode = Literal["sum", "max", "min"]
 _RANK_OF: dict[str, Callable[[Iterable[int]], int]] = {"sum": sum, "max": max, "min": min}
 
 # What every source has to agree on for the result to be described by it.
-_COMMON_METADATA = ("ss_base_model_version", "ss_ltx_version", "modelspec.architecture")
+_VERSION = "ss_ltx_version"
+_COMMON_METADATA = ("ss_base_model_version", _VERSION, "modelspec.architecture")
 _REFERENCE_METADATA = ("ss_reference_downscale_factor", "reference_downscale_factor")
 
 
@@ -162,25 +162,24 @@ def merge_loras(
     """
     multipliers = broadcast_multipliers(multipliers, len(paths))
     _check_paths(paths, output)
-    with ExitStack() as stack:
-        readers = [stack.enter_context(LoraReader(p)) for p in paths]
-        used = [(r, m) for r, m in zip(readers, multipliers, strict=True) if m != 0]
-        if not used:
-            raise UserError("--lora_multiplier: all are 0; there is nothing to merge")
-        sources = _sources(used)
-        dtype = dtype or _widest(i.dtype for r, _ in used for i in r.infos.values())
-        infos = {name: _merged_info(name, parts, method, dtype) for name, parts in sources.items()}
-        metadata = _metadata(readers, multipliers, method, infos)
-        bar = progress(total=len(infos), desc="merging", unit="module")
+    readers = [LoraReader(p) for p in paths]
+    used = [(r, m) for r, m in zip(readers, multipliers, strict=True) if m != 0]
+    if not used:
+        raise UserError("--lora_multiplier: all are 0; there is nothing to merge")
+    sources = _sources(used)
+    dtype = dtype or _widest(i.dtype for r, _ in used for i in r.infos.values())
+    infos = {name: _merged_info(name, parts, method, dtype) for name, parts in sources.items()}
+    metadata = _metadata(readers, multipliers, method, infos)
+    bar = progress(total=len(infos), desc="merging", unit="module")
 
-        def produce(name: str) -> LoraModule:
-            bar.update()
-            return method.combine([r.read(name).folded(m) for r, m in sources[name]]).to(dtype)
+    def produce(name: str) -> LoraModule:
+        bar.update()
+        return method.combine([r.read(name).folded(m) for r, m in sources[name]]).to(dtype)
 
-        fmt = readers[0].format
-        with bar:
-            write_lora(output, fmt, infos, produce, metadata=metadata, emit_alpha=emit_alpha)
-        rows = [_summary(r.path, r.format, m, r.infos) for r, m in zip(readers, multipliers, strict=True)]
+    fmt = readers[0].format
+    with bar:
+        write_lora(output, fmt, infos, produce, metadata=metadata, emit_alpha=emit_alpha)
+    rows = [_summary(r.path, r.format, m, r.infos) for r, m in zip(readers, multipliers, strict=True)]
     return [*rows, _summary(Path(output), fmt, None, infos)]
 
 
@@ -189,6 +188,8 @@ _Source = list[tuple[LoraReader, float]]
 
 def _check_paths(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> None:
     target = Path(output)
+    if target.is_dir():
+        raise UserError(f"--save_merged_lora {target}: is a folder, expected the name of a file")
     if target.suffix != ".safetensors":
         raise UserError(f"--save_merged_lora {target}: the name has to end in .safetensors")
     if any(target.resolve() == Path(p).resolve() for p in paths):
@@ -250,6 +251,9 @@ def _metadata(
             metadata[key] = values.pop()
         elif len(values) > 1 and key in _REFERENCE_METADATA:
             logger.warning("the inputs differ in %s; the merged file names none", key)
+    versions = sorted({r.metadata[_VERSION] for r in readers if _VERSION in r.metadata})
+    if len(versions) > 1:
+        logger.warning("the inputs were trained on different versions of LTX-2: %s", ", ".join(versions))
     return metadata
 
 

@@ -26,6 +26,8 @@ def average_gradients(parameters: Sequence[Parameter]) -> None:
     has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=device)
     dist.all_reduce(has_gradient, op=dist.ReduceOp.MAX)
     used = [p for p, flag in zip(parameters, has_gradient.tolist(), strict=True) if flag]
+    if not used:
+        return
     for p in used:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -36,10 +38,10 @@ def average_gradients(parameters: Sequence[Parameter]) -> None:
         p.grad.copy_(mean.view_as(p))
 
 
-def average_scalars(values: Tensor) -> Tensor:
-    """Mean over all processes of a small tensor."""
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum of a small tensor, of the same shape on every process."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return values
     values = values.clone()
     dist.all_reduce(values)
-    return values / dist.get_world_size()
+    return values

@@ -20,9 +20,7 @@ _SHORT_NAMES = {
     "lion8bit": "bitsandbytes.optim.Lion8bit",
     "adafactor": "transformers.optimization.Adafactor",
     "prodigy": "prodigyopt.Prodigy",
-    "adamwschedulefree": "schedulefree.AdamWScheduleFree",
 }
-_PACKAGES = {"bitsandbytes": "bitsandbytes", "prodigyopt": "prodigyopt", "schedulefree": "schedulefree"}
 
 
 def parse_key_values(pairs: Sequence[str], flag: str) -> dict[str, Any]:
@@ -47,20 +45,24 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The class behind ``--optimizer_type``: a short name, a class of ``torch.optim``, or ``module.Class``.
 
     Raises:
-        UserError: the package is not installed or has no such class.
+        UserError: the package is not installed or has no such class, or it is a schedule-free optimizer.
     """
     path = _SHORT_NAMES.get(name.lower(), name if "." in name else f"torch.optim.{name}")
     module_name, _, class_name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), class_name)
+        cls = getattr(importlib.import_module(module_name), class_name)
     except ModuleNotFoundError:
-        package = _PACKAGES.get(module_name.partition(".")[0], module_name.partition(".")[0])
+        package = module_name.partition(".")[0]
         raise UserError(f"--optimizer_type {name} needs the package {package}: pip install {package}") from None
     except AttributeError:
         raise UserError(
             f"--optimizer_type {name}: {module_name} has no class {class_name}; "
             f"known short names: {', '.join(n for n in _SHORT_NAMES if n)}"
         ) from None
+    if callable(getattr(cls, "train", None)):
+        # They refuse to step, and save other weights than they train, unless they are told of each change.
+        raise UserError(f"--optimizer_type {name}: schedule-free optimizers are not available in this version")
+    return cls
 
 
 def create_optimizer(name: str, groups: list[dict[str, Any]], args: Sequence[str] = ()) -> torch.optim.Optimizer:
@@ -76,5 +78,5 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], args: Sequence[str
         options["fused"] = True  # one kernel for all parameters instead of one for each operation
     try:
         return cls(groups, lr=groups[0]["lr"], **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer_args: {cls.__name__} refuses them: {error}") from None

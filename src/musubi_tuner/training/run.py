@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.av import AV
@@ -25,25 +25,29 @@ from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_logit_mode
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.keys import owner
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 from musubi_tuner.networks.param_groups import param_groups
 from musubi_tuner.networks.resolve import resolve_network_module
 
 from .data import make_loader, read_datasets
-from .lr_schedulers import ScheduleSettings, resolve_steps
+from .lr_schedulers import ScheduleSettings, lr_factor, resolve_steps
 from .metadata import RunFacts
-from .optimizers import create_optimizer
+from .optimizers import create_optimizer, optimizer_class
 from .previews import Previewer, make_decoders, prepare_jobs, wants_previews
 from .report import log_training_plan
 from .saving import Saver
-from .state import Progress, find_latest_state, load_network_tensors, read_progress, restore_optimizer
+from .state import Progress, find_latest_state, read_progress, restore_network, restore_optimizer
 from .step import TaskSettings
 from .tracking import ScalarLog, log_folder, start_trackers, tracker_names
 from .trainer import Listener, LoopSettings, Trainer
 from .version import resolve_version
 
 logger = logging.getLogger(__name__)
+
+
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     Raises:
         UserError: anything that the user can mend; before the model is loaded where possible.
     """
+    _check_choices(config)
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     checkpoint.require("transformer", "training")
     version = resolve_version(config.version, explicit="ltx_version" in explicit, checkpoint=checkpoint)
@@ -71,7 +76,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     compute = _compute(config)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     loader = make_loader(config, datasets, checkpoint, seed=progress.seed)
-    _warn_of_defaults(explicit)
+    _warn_of_defaults(config, explicit, progress)
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
     jobs = prepare_jobs(config, checkpoint, datasets, device=compute.device) if wants_previews(config) else []
@@ -129,9 +134,27 @@ class Resumed:
                 f"{self.folder}: was saved with {'; '.join(different)}; resume with the same values, or start a new "
                 "run from the LoRA with --network_weights"
             )
-        restore_optimizer(self.folder, self.optimizer, optimizer, names)  # also refuses another network
-        network.load_state_dict(load_network_tensors(self.folder))
+        restore_network(self.folder, network)
+        restore_optimizer(self.folder, self.optimizer, optimizer, names)
         logger.info("resumed from %s at step %d", self.folder, self.progress.global_step)
+
+
+def _check_choices(config: TrainNetworkConfig) -> None:
+    """Raise UserError for a wrong optimizer, schedule or network option before anything is loaded."""
+    settings = config.optimizer
+    optimizer_class(settings.optimizer_type)
+    lr_factor(settings.lr_scheduler, 0, ScheduleSettings(1, min_lr_ratio=settings.lr_scheduler_min_lr_ratio))
+    _network_options(config)
+
+
+def _network_options(config: TrainNetworkConfig) -> dict[str, str]:
+    options = {"lora_target_preset": config.network.lora_target_preset}
+    for text in config.network.network_args:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--network_args: expected key=value, got {text!r}")
+        options[key.strip()] = value
+    return options
 
 
 def _resumed(config: TrainNetworkConfig) -> Resumed | None:
@@ -163,11 +186,15 @@ def _with_implied(config: TrainNetworkConfig, explicit: frozenset[str]) -> Train
     return config
 
 
-def _warn_of_defaults(explicit: frozenset[str]) -> None:
+def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], progress: Progress) -> None:
     if "learning_rate" not in explicit:
         logger.warning("--learning_rate not given: using 2e-6; LoRA runs usually use about 1e-4")
     if "network_alpha" not in explicit:
         logger.warning("--network_alpha not given: using 1, so the LoRA acts with 1/rank of its strength")
+    if config.optimizer.lr_scheduler == "constant" and config.optimizer.lr_warmup_steps:
+        logger.warning("--lr_scheduler constant has no warm-up; use constant_with_warmup")
+    if config.optimizer.seed not in (None, progress.seed):
+        logger.warning("--seed %d: the resumed run goes on with its own, %d", config.optimizer.seed, progress.seed)
 
 
 def _compute(config: TrainNetworkConfig) -> Compute:
@@ -175,13 +202,19 @@ def _compute(config: TrainNetworkConfig) -> Compute:
     if precision is None:
         precision = "bf16" if torch.cuda.is_available() else "no"
         logger.info("--mixed_precision not given: using %s", precision)
+    if precision not in _DTYPES:
+        raise UserError(f"mixed precision {precision!r}: expected one of {', '.join(_DTYPES)}; use --mixed_precision")
     accelerator = Accelerator(
-        mixed_precision=precision if torch.cuda.is_available() or precision != "fp16" else "no",
+        mixed_precision="no",  # dtypes are set here, tensor by tensor; autocast would only add casts
         log_with=tracker_names(config.tracking) or None,
         project_dir=log_folder(config.tracking),
     )
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return Compute(accelerator, accelerator.device, dtype, precision)
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, which this trainer does not support; run "
+            "accelerate config again, or accelerate launch --multi_gpu"
+        )
+    return Compute(accelerator, accelerator.device, _DTYPES[precision], precision)
 
 
 def _model(
@@ -191,19 +224,23 @@ def _model(
     module = resolve_network_module(settings.network_module)
 
     def make(transformer: LTX2Transformer) -> LoRANetwork:
-        options = dict(a.split("=", 1) for a in settings.network_args)
-        options.setdefault("lora_target_preset", settings.lora_target_preset)
         return module.create_network(
             1.0,
             settings.network_dim,
             settings.network_alpha,
             transformer,
             dropout=settings.network_dropout,
-            **options,
+            **_network_options(config),
         )
 
     mode = config.checkpoint.ltx2_mode
-    streams = "av" if mode == "audio" and not config.version.ltx2_audio_only_model else mode
+    streams = mode
+    if mode == "audio" and not config.version.ltx2_audio_only_model:
+        streams = "av"
+        logger.info(
+            "mode audio with the whole transformer: modules of the attention between the streams get no gradient, "
+            "since there is no video; --ltx2_audio_only_model leaves them out and loads a sixth of the weights"
+        )
     torch.manual_seed(derive_seed(seed, "network"))  # the LoRA starts at random values
     transformer, network = assemble_transformer(
         checkpoint,
@@ -216,6 +253,15 @@ def _model(
     if settings.network_weights is not None:
         network.load_weights(settings.network_weights)
     network.train()
+    idle = [name for name in network.modules_by_name if mode != "av" and owner(name) != mode]
+    if idle:
+        logger.warning(
+            "mode %s: %d adapted modules are no part of the %s stream (such as %s) and stay as they are",
+            mode,
+            len(idle),
+            mode,
+            idle[0],
+        )
     return transformer, network
 
 

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from musubi_tuner.common.atomic import atomic_path, is_partial
+from musubi_tuner.common.atomic import atomic_path
 from musubi_tuner.common.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Progress:
     global_step: int = 0
     epoch: int = 0  # 0-based epoch that the next batch belongs to
     batch_in_epoch: int = 0  # batches of that epoch that each process has trained on
+    batches_per_epoch: int = 0  # of each process
     skipped_steps: int = 0  # optimizer steps dropped for a non-finite loss or gradient
     epoch_losses: list[float] = field(default_factory=list)  # latest loss of each in-epoch step
     epoch_loss_index: int = 0
@@ -91,18 +94,47 @@ def read_progress(folder: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
             f"--resume {folder}: {found}; expected a folder written by --save_state of this trainer "
             "(states of other trainers cannot be read)"
         )
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if document.get("format_version") != FORMAT_VERSION:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format_version {document['format_version']}, expected {FORMAT_VERSION}; resume with the "
+                "version of the trainer that wrote it"
+            )
+        return Progress(**document["progress"]), document["settings"], document["optimizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error}); resume from another state folder") from None
+
+
+def restore_network(folder: Path, network: nn.Module) -> None:
+    """Put the trained parameters back.
+
+    Raises:
+        UserError: the folder belongs to a network of other modules, ranks or alphas.
+    """
+    saved, current = _load(folder / _NETWORK_FILE), network.state_dict()
+    # An alpha is compared as well: it is a buffer, and the saved one would silently win over the flag.
+    different = [
+        name
+        for name in {**saved, **current}
+        if name not in saved
+        or name not in current
+        or saved[name].shape != current[name].shape
+        or (name.endswith(".alpha") and saved[name] != current[name].cpu())
+    ]
+    if different:
         raise UserError(
-            f"{path}: format_version {document.get('format_version')}, expected {FORMAT_VERSION}; resume with the "
-            "version of the trainer that wrote it"
+            f"{folder}: its network differs from this run's in {len(different)} of {len(current)} tensors, e.g. "
+            f"{different[0]}; use the same network flags (--network_dim, --network_alpha, targets)"
         )
-    return Progress(**document["progress"]), document["settings"], document["optimizer"]
+    network.load_state_dict(saved)
 
 
-def load_network_tensors(folder: Path) -> dict[str, Tensor]:
-    """The trained parameters of a state folder, on the CPU."""
-    return load_file(folder / _NETWORK_FILE)
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); resume from another state folder") from None
 
 
 def restore_optimizer(
@@ -123,7 +155,7 @@ def restore_optimizer(
             f"{folder}: holds {len(scalars['parameters'])} trained tensors, but this run trains "
             f"{len(parameter_names)} others; use the same network flags"
         )
-    tensors = load_file(folder / _OPTIMIZER_FILE)
+    tensors = _load(folder / _OPTIMIZER_FILE)
     state: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(parameter_names):
         entries = dict(scalars["state"].get(name, {}))
@@ -194,14 +226,16 @@ def _flatten_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tu
 
 def find_latest_state(output_dir: Path, output_name: str) -> Path | None:
     """The complete state folder of this name with the highest step, for ``--autoresume``."""
+    # Not every name that starts like this one's: "style" must not go on from a state of "style2".
+    ours = re.compile(re.escape(output_name) + r"(-\d{6,}|-step\d{8,})?-state")
     candidates = []
     for path in sorted(output_dir.glob("*-state")):
-        if not path.name.startswith(output_name) or is_partial(path) or not (path / _STATE_FILE).is_file():
+        if not ours.fullmatch(path.name) or not (path / _STATE_FILE).is_file():
             continue
         try:
             progress, _, _ = read_progress(path)
-        except (UserError, ValueError, KeyError, TypeError) as error:
-            logger.warning("--autoresume: skipping %s: %s", path, error)
+        except UserError as error:
+            logger.warning("--autoresume: skipping %s", error)
             continue
         candidates.append((progress.global_step, path))
     return max(candidates)[1] if candidates else None

@@ -118,8 +118,8 @@ def view_losses(transformer: LTX2Transformer, view: TrainingView, settings: Task
 def _silence_absent_audio(
     batch: Batch, tokens: AV[NoisedTokens], num_blocks: int, device: torch.device
 ) -> Perturbations | None:
-    # In a mixed batch a sample without sound still has (masked) audio tokens, and a softmax over nothing but
-    # masked keys is a uniform average of them: its cross-modal attention to the video is switched off instead.
+    # In a mixed batch a sample without sound still has audio tokens (of nothing): what its video would read of
+    # them is switched off, so that it is trained as if it were alone.
     if batch.audio is None or tokens.audio is None or tokens.video is None:
         return None
     present = batch.audio.lengths > 0

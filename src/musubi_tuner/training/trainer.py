@@ -6,14 +6,16 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from musubi_tuner.common.av import MODALITIES
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.log import warn_once
 from musubi_tuner.common.progress import progress as progress_bar
 from musubi_tuner.common.seeding import derive_seed
 from musubi_tuner.dataset.batch import Batch
@@ -21,7 +23,7 @@ from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.diffusion.losses import total
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 
-from .distributed import average_gradients, average_scalars
+from .distributed import average_gradients, sum_over_processes
 from .lr_schedulers import ScheduleSettings, lr_factor
 from .state import Progress
 from .step import TaskSettings, TrainingView, prepare_view, view_losses
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_SKIPPED_IN_A_ROW = 20
+_LOSSES = ("loss", *MODALITIES)  # what a step reports; a batch may lack some
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,10 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step found; losses are means over the micro-batches that had the modality."""
+    """What one optimizer step found, over all processes.
+
+    Losses are means over the micro-batches that had the modality.
+    """
 
     step: int  # 1-based
     epoch: int  # 0-based
@@ -59,7 +65,7 @@ class StepReport:
     seconds: float
     num_tokens: int
     average_loss: float
-    stepped: bool
+    stepped: bool  # False: dropped, or no batch reached anything that is trained
 
 
 class Listener(Protocol):
@@ -93,6 +99,7 @@ class Trainer:
             UserError: the loss stays non-finite.
         """
         state = self.progress
+        self._fit_position_to_data()
         for listener in self.listeners:
             listener.on_start(state)
         with progress_bar(total=self.loop.total_steps, initial=state.global_step, desc="steps", unit="step") as bar:
@@ -101,13 +108,28 @@ class Trainer:
         for listener in self.listeners:
             listener.on_end(state)
 
+    def _fit_position_to_data(self) -> None:
+        """Let a state that was saved with other data, maybe in the middle of a longer epoch, go on."""
+        state = self.progress
+        num_batches = self.loader.batches_per_epoch(self.loop.world_size)
+        if state.batches_per_epoch not in (0, num_batches):
+            logger.warning(
+                "the datasets give %d batches an epoch, %d when the state was saved: training goes on, but not as an "
+                "unbroken run would have",
+                num_batches,
+                state.batches_per_epoch,
+            )
+        state.batches_per_epoch = num_batches
+        if state.batch_in_epoch >= num_batches:
+            state.epoch, state.batch_in_epoch, state.epoch_loss_index = state.epoch + 1, 0, 0
+
     def _run_epoch(self, bar: progress_bar) -> None:
         state = self.progress
         epoch = state.epoch
         start = state.batch_in_epoch
         batches = self.loader.epoch(epoch, start=start, rank=self.loop.rank, world_size=self.loop.world_size)
         views = Lookahead(self._view(batch, epoch) for batch in batches)
-        num_batches = self.loader.batches_per_epoch(self.loop.world_size)
+        num_batches = state.batches_per_epoch
         for window in windows(views, self.loop.accumulation):
             report = self._optimizer_step(window, epoch, prepare_next=views.prepare)
             state.batch_in_epoch = min(state.batch_in_epoch + self.loop.accumulation, num_batches)
@@ -134,22 +156,15 @@ class Trainer:
         started = time.perf_counter()
         state = self.progress
         self._set_lrs(state.global_step)
-        sums: dict[str, list[Tensor]] = {}
+        tally: dict[str, list[Tensor]] = {name: [] for name in _LOSSES}
         num_tokens = 0
         for index, view in enumerate(window):
-            # Dropout draws from the global generator; seeding it by position makes a resumed run draw the same.
-            torch.manual_seed(derive_seed(self.task.seed, "step", state.global_step, index, self.loop.rank))
-            terms = view_losses(self.transformer, view, self.task)
-            loss = total(terms)
-            scaled_loss = loss / self.loop.accumulation
-            (self.scaler.scale(scaled_loss) if self.scaler else scaled_loss).backward()
-            sums.setdefault("loss", []).append(loss.detach())
-            for name, term in terms.items():
-                sums.setdefault(name, []).append(term.mean().detach())
+            for name, value in self._backward(view, index).items():
+                tally[name].append(value)
             num_tokens += view.num_tokens
         grad_norm = self._clipped_gradients()
         prepare_next()
-        losses = self._read({k: torch.stack(v).mean() for k, v in sums.items()} | {"grad_norm": grad_norm})
+        losses = self._read(tally, grad_norm)
         norm, loss = losses.pop("grad_norm"), losses.pop("loss")
         stepped = self._apply(math.isfinite(norm) and math.isfinite(loss))
         state.global_step += 1
@@ -158,44 +173,75 @@ class Trainer:
         seconds = time.perf_counter() - started
         return StepReport(state.global_step, epoch, loss, losses, norm, lrs, seconds, num_tokens, average, stepped)
 
+    def _backward(self, view: TrainingView, index: int) -> dict[str, Tensor]:
+        """Add a micro-batch's gradients; returns its losses, detached."""
+        # Dropout draws from the global generator. Seeded by the micro-batch's place in the step, it draws the same in
+        # a resumed run, and however many processes share the step.
+        place = index * self.loop.world_size + self.loop.rank
+        torch.manual_seed(derive_seed(self.task.seed, "step", self.progress.global_step, place))
+        terms = view_losses(self.transformer, view, self.task)
+        loss = total(terms)
+        if loss.requires_grad:
+            scaled_loss = loss / self.loop.accumulation
+            (self.scaler.scale(scaled_loss) if self.scaler else scaled_loss).backward()
+        else:
+            warn_once(
+                logger, "untouched", "a batch of %s trains nothing: no adapted module has a part in it", "+".join(terms)
+            )
+        return {"loss": loss.detach(), **{name: term.mean().detach() for name, term in terms.items()}}
+
     def _set_lrs(self, step: int) -> None:
         factor = lr_factor(self.loop.lr_scheduler, step, self.loop.schedule)
         for group, base in zip(self.optimizer.param_groups, self.loop.base_lrs, strict=True):
             group["lr"] = base * factor
 
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self.parameters)
+
     def _clipped_gradients(self) -> Tensor:
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
+        # Averaged before they are unscaled: an overflow on one process is one on all, and the scalers stay equal.
         average_gradients(self.parameters)
+        if self.scaler and self._has_gradients():
+            self.scaler.unscale_(self.optimizer)
         max_norm = self.loop.max_grad_norm if self.loop.max_grad_norm > 0 else math.inf
         return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
-    def _read(self, values: dict[str, Tensor]) -> dict[str, float]:
-        # One transfer for all numbers of the step. Every rank sees the same means and so takes the same branch.
-        stacked = torch.stack([v.float() for v in values.values()])
-        return dict(zip(values, average_scalars(stacked).tolist(), strict=True))
+    def _read(self, tally: Mapping[str, Sequence[Tensor]], grad_norm: Tensor) -> dict[str, float]:
+        """Means over all micro-batches of all processes, in one transfer, and the gradient norm.
+
+        Every process sends and sees the same numbers, also where its own batches lack a modality, and so takes the
+        same branch afterwards.
+        """
+        values = {**tally, "grad_norm": [grad_norm.to(self.task.device)]}
+        zero = torch.zeros((), device=self.task.device)
+        sums = torch.stack([torch.stack([zero, *v]).sum() for v in values.values()])
+        counts = torch.tensor([float(len(v)) for v in values.values()]).to(sums.device)
+        sums, counts = sum_over_processes(torch.stack([sums, counts])).tolist()
+        return {name: s / n for name, s, n in zip(values, sums, counts, strict=True) if n}
 
     def _apply(self, finite: bool) -> bool:
         """Step the optimizer, or drop the step when a loss or gradient is not finite."""
-        if finite:
+        has_gradients = self._has_gradients()
+        if has_gradients and finite:
             if self.scaler:
                 self.scaler.step(self.optimizer)
             else:
                 self.optimizer.step()
-            self._skipped_in_a_row = 0
-        else:
-            self.progress.skipped_steps += 1
-            self._skipped_in_a_row += 1
-            logger.warning("step %d dropped: the loss or a gradient is not finite", self.progress.global_step + 1)
-        if self.scaler:
+        if has_gradients and self.scaler:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self._skipped_in_a_row = 0
+            return has_gradients
+        self.progress.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        logger.warning("step %d dropped: the loss or a gradient is not finite", self.progress.global_step + 1)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite loss or gradient (last: step "
                 f"{self.progress.global_step + 1}); lower --learning_rate, or train with --mixed_precision bf16"
             )
-        return finite
+        return False
 
     def _record(self, loss: float) -> float:
         """Mean over the latest loss of each in-epoch step; non-finite losses are left out."""

@@ -77,7 +77,7 @@ def text_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None:
         return None
     if not mask.is_floating_point():
-        mask = (mask.to(dtype) - 1) * torch.finfo(dtype).max
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask == 0, _hidden(dtype))
     return mask.to(dtype)[:, None, None, :]
 
 
@@ -88,7 +88,15 @@ def weight_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """
     if mask is None:
         return None
-    finfo = torch.finfo(dtype)
-    weights = mask.to(torch.float32)
-    logits = weights.clamp(min=torch.finfo(torch.float32).tiny).log().masked_fill(weights <= 0, finfo.min)
-    return logits.clamp(min=finfo.min).to(dtype).unsqueeze(1)
+    logits = mask.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny).log()
+    return logits.masked_fill(mask <= 0, _hidden(dtype)).to(dtype).unsqueeze(1)
+
+
+def _hidden(dtype: torch.dtype) -> float:
+    """Additive value of a key that nothing may read.
+
+    Half of the lowest number: scores added to the lowest one overflow in fp16, and a kernel that multiplies it
+    by log2(e) gets -inf, which makes NaN of a row, or of a tile of keys, that is hidden as a whole
+    (pytorch/pytorch issues 109517 and 110213).
+    """
+    return torch.finfo(dtype).min / 2

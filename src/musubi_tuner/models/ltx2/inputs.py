@@ -39,8 +39,8 @@ class Perturbations:
     """Per block, per sample switches of guidance (STG, modality isolation); 1 keeps, 0 switches off.
 
     A missing block index keeps everything. Each value is a float tensor [B].
-    Skipping self-attention replaces the attention output by its value path (see spec of the block);
-    skipping a2v or v2a drops the residual of that cross-modal attention.
+    Skipping self-attention replaces the attention output by its value path; skipping a2v or v2a drops the
+    residual of that cross-modal attention.
     """
 
     video_self: Mapping[int, Tensor] = field(default_factory=dict)

@@ -1,0 +1,45 @@
+"""Several processes train what one process with more accumulation trains, also when only some have sound."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from musubi_tuner.demo.assets import asset_paths
+
+SCRIPT = Path(__file__).parents[2] / "ltx2_train_network.py"
+
+
+def arguments(assets, output: Path, *extra: str) -> list[str]:
+    return [
+        *("--dataset_config", str(assets.dataset), "--ltx2_checkpoint", str(assets.checkpoint), "--ltx2_mode", "av"),
+        *("--mixed_precision", "no", "--network_dim", "4", "--network_alpha", "4", "--learning_rate", "1e-3"),
+        *("--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0", "--network_dropout", "0.2"),
+        *("--output_dir", str(output), "--output_name", "x", "--save_state", *extra),
+    ]
+
+
+def test_two_processes_equal_one_that_accumulates_two_batches(cached_demo, tmp_path: Path):
+    """One clip of four has no sound: in its step the processes report different losses, and must not hang."""
+    shutil.copytree(cached_demo().checkpoint.parent, tmp_path / "assets")
+    assets = asset_paths(tmp_path / "assets")
+    next(assets.checkpoint.parent.glob("cache/*_audio.safetensors")).unlink()
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    one = [sys.executable, str(SCRIPT), *arguments(assets, tmp_path / "one", "--gradient_accumulation_steps", "2")]
+    two = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *(str(SCRIPT), *arguments(assets, tmp_path / "two")),
+    ]
+    for command in (one, two):
+        done = subprocess.run(command, env=environment, timeout=150, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(tmp_path / run / "x-state/network.safetensors") for run in ("one", "two"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6, msg=name)

@@ -1,0 +1,141 @@
+"""The loop with a stand-in for the transformer: dropped steps, batches that train nothing, changed data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+
+from musubi_tuner.common.av import AV
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.diffusion.losses import LossTerm
+from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
+from musubi_tuner.training import trainer as trainer_module
+from musubi_tuner.training.lr_schedulers import ScheduleSettings
+from musubi_tuner.training.state import Progress
+from musubi_tuner.training.step import TaskSettings
+from musubi_tuner.training.trainer import LoopSettings, StepReport, Trainer
+
+
+@dataclass
+class View:
+    """A batch whose losses are ``factor`` times the parameter; a modality of None is absent."""
+
+    video: float | None = 1.0
+    audio: float | None = None
+    num_tokens: int = 1
+
+
+@dataclass
+class Loader:
+    views: list[View]
+
+    def batches_per_epoch(self, world_size: int = 1) -> int:
+        return len(self.views)
+
+    def epoch(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1):
+        yield from self.views[start:]
+
+
+@dataclass
+class Recorder:
+    reports: list[StepReport] = field(default_factory=list)
+    positions: list[tuple[int, int, int]] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+
+    def on_start(self, progress):
+        pass
+
+    def on_step(self, report, progress):
+        self.reports.append(report)
+        self.positions.append((progress.global_step, progress.epoch, progress.batch_in_epoch))
+
+    def on_epoch_end(self, epoch, progress):
+        self.epochs.append(epoch)
+
+    def on_end(self, progress):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(model, view, task):
+        values = AV(video=view.video, audio=view.audio)
+        # The parameter takes part in the video only.
+        return {
+            name: LossTerm(model.weight * value if name == "video" else torch.tensor([value]))
+            for name, value in values.items()
+        }
+
+    monkeypatch.setattr(trainer_module, "view_losses", losses)
+    monkeypatch.setattr(Trainer, "_view", lambda self, batch, epoch: batch)
+
+
+def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=None, lr=0.1):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    task = TaskSettings(NoiseLevelSampler(), seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    loop = LoopSettings(steps, accumulation, 0.0, "constant", ScheduleSettings(steps), (lr,))
+    recorder = Recorder()
+    Trainer(
+        model,
+        [model.weight],
+        optimizer,
+        Loader(views),
+        task,
+        loop,
+        progress or Progress(seed=0),
+        [recorder],
+        scaler,
+    ).run()
+    return model.weight.item(), recorder
+
+
+def test_a_short_last_window_is_divided_by_the_full_count_and_ends_the_epoch():
+    weight, recorder = run([View(1.0), View(1.0), View(1.0)], steps=3, accumulation=2, lr=0.1)
+    assert recorder.positions == [(1, 0, 2), (2, 1, 0), (3, 1, 2)]
+    assert recorder.epochs == [0]
+    assert weight == pytest.approx(1 - 0.1 - 0.05 - 0.1)
+
+
+def test_losses_are_means_over_the_batches_that_have_the_modality():
+    _, recorder = run([View(1.0, audio=3.0), View(2.0)], steps=1, accumulation=2)
+    (report,) = recorder.reports
+    assert report.losses == {"video": pytest.approx(1.5), "audio": pytest.approx(3.0)}
+    assert report.loss == pytest.approx((4.0 + 2.0) / 2)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_batch_that_reaches_nothing_trained_does_not_stop_the_run(scaled: bool):
+    """As a LoRA of the video stream alone meets a batch of sound."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
+    weight, recorder = run([View(None, audio=5.0), View(1.0)], steps=2, scaler=scaler)
+    assert [r.stepped for r in recorder.reports] == [False, True]
+    assert weight == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_non_finite_loss_drops_one_step_only(scaled: bool):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
+    progress = Progress(seed=0)
+    weight, recorder = run([View(float("nan")), View(1.0)], steps=2, progress=progress, scaler=scaler)
+    assert [r.stepped for r in recorder.reports] == [False, True]
+    assert weight == pytest.approx(0.9)
+    assert progress.skipped_steps == 1
+    assert progress.epoch_losses == [pytest.approx(1.0)]
+
+
+def test_twenty_non_finite_losses_in_a_row_end_the_run():
+    with pytest.raises(UserError, match="20 steps in a row"):
+        run([View(float("inf"))] * 30, steps=30)
+
+
+def test_a_state_from_the_middle_of_a_longer_epoch_does_not_hang(caplog: pytest.LogCaptureFixture):
+    """Some clips were removed between saving and resuming."""
+    progress = Progress(seed=0, global_step=5, epoch=1, batch_in_epoch=5, batches_per_epoch=7)
+    _, recorder = run([View()] * 4, steps=7, progress=progress)
+    assert recorder.positions == [(6, 2, 1), (7, 2, 2)]
+    assert "4 batches an epoch, 7 when the state was saved" in caplog.text

@@ -1,3 +1,4 @@
+import errno
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,15 @@ from PIL import Image
 
 from musubi_tuner.caching.latent_outputs import LatentRecipe, VirtualGeometry
 from musubi_tuner.caching.latents import RunOptions, cache_latents
+from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.dataset.cache import read_audio, read_latents, read_virtual_grid
 from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 
-RECIPE = LatentRecipe("av", "video id", "audio id", torch.float32, torch.float32, placeholder_channels=CHANNELS)
+VIDEO_VAE, AUDIO_VAE = EncoderRecord("video id"), EncoderRecord("audio id")
+RECIPE = LatentRecipe("av", VIDEO_VAE, AUDIO_VAE, torch.float32, torch.float32, placeholder_channels=CHANNELS)
 PLAIN = RunOptions(workers=2)
 SKIP = RunOptions(skip_existing=True, workers=2)
 
@@ -178,7 +182,8 @@ def test_without_skip_existing_all_is_made_again_and_the_flag_suggested(videos: 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"recipe": replace(RECIPE, video_vae_id="other")}, "another checkpoint"),
+        ({"recipe": replace(RECIPE, video_vae=EncoderRecord("other"))}, "another checkpoint"),
+        ({"recipe": replace(RECIPE, video_vae=EncoderRecord("video id", "its own"))}, "another checkpoint"),
         ({"recipe": replace(RECIPE, video_dtype=torch.bfloat16)}, "changed: dtype"),
         ({"target_fps": 24.0}, "changed: target_fps"),
         ({"source_fps": 25.0}, "changed: source_fps"),
@@ -355,3 +360,48 @@ def test_chunks_are_all_cached_and_kept(videos: Path) -> None:
     assert _counts(summary, "video") == (9, 0, 0, 0)  # 3 of each 30 frames
     assert "a_00018-009_0128x0064_ltx2.safetensors" in _names(entry)
     assert _counts(_run(entry, options=SKIP), "video") == (0, 9, 0, 0)
+
+
+def test_a_full_disk_ends_the_run_with_one_message(videos: Path, monkeypatch) -> None:
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("musubi_tuner.caching.latents.write_latents", full)
+    with pytest.raises(UserError, match="No space left on device; make room .* continue with --skip_existing"):
+        _run(_entry(videos))
+
+
+def test_what_a_killed_run_left_half_written_goes(videos: Path) -> None:
+    entry = _entry(videos)
+    entry.cache_directory.mkdir()
+    leftover = entry.cache_directory / "a_00000-009_0064x0032_ltx2_audio.partial-0123abcd.safetensors"
+    text = entry.cache_directory / "a_ltx2_te.partial-0123abcd.safetensors"  # maybe being written right now
+    for path in (leftover, text):
+        path.write_bytes(b"half")
+    _run(entry)
+    assert (leftover.exists(), text.exists()) == (False, True)
+
+
+def test_a_video_that_fails_does_not_hide_a_short_one(tmp_path: Path, caplog) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_video(folder / "short.mp4", 5)
+    good = write_video(folder / "broken.mkv", 60, size=(320, 192), options={"g": "1"})
+    data = bytearray(good.read_bytes())
+    good.write_bytes(data[: len(data) * 3 // 4])  # the first clips are intact
+    for path in (folder / "short.txt", folder / "broken.txt"):
+        path.write_text("x", encoding="utf-8")
+    entry = DatasetEntry(
+        "d", "video", folder, tmp_path / "cache", (64, 32), target_frames=(9,), frame_extraction="chunk"
+    )
+    with caplog.at_level(logging.WARNING):
+        summary = _run(entry)
+    assert summary.failures
+    assert list(entry.cache_directory.glob("broken_00000-009*"))
+    assert "1 of 1 videos gave no clip of 9 frames" in caplog.text
+
+
+def test_enlarged_frames_can_be_written_to(videos: Path, recwarn) -> None:
+    # PyTorch warns, with a line of our source, of arrays that cannot.
+    _run(_entry(videos, resolution=(256, 128)))
+    assert not [w for w in recwarn if "not writable" in str(w.message)]

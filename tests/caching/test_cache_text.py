@@ -1,3 +1,4 @@
+import errno
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +8,21 @@ import torch
 from fake_encoders import AUDIO_WIDTH, TOKENS, VIDEO_WIDTH, FakeTextEncoder
 
 from musubi_tuner.caching.latents import RunOptions
-from musubi_tuner.caching.text import TextRecipe, cache_sample_prompts, cache_text, gemma_fingerprint
+from musubi_tuner.caching.text import (
+    TextRecipe,
+    cache_sample_prompts,
+    cache_text,
+    gemma_fingerprint,
+    read_sample_prompts,
+)
+from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
+from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
+from musubi_tuner.generation.prompt_cache import load_prompt_cache
+from musubi_tuner.generation.prompts import SamplePrompt
 
-RECIPE = TextRecipe("av", "connectors id", "gemma id")
+RECIPE = TextRecipe("av", EncoderRecord("connectors id"), "gemma id")
 PLAIN = RunOptions(workers=2)
 SKIP = RunOptions(skip_existing=True)
 
@@ -76,7 +87,7 @@ def test_the_encoder_is_not_loaded_when_all_is_current(entry: DatasetEntry) -> N
 @pytest.mark.parametrize(
     ("recipe", "reason"),
     [
-        (replace(RECIPE, connectors_id="other"), "another checkpoint"),
+        (replace(RECIPE, connectors=EncoderRecord("other")), "another checkpoint"),
         (replace(RECIPE, gemma_id="other"), "changed: gemma"),
         (replace(RECIPE, dtype=torch.bfloat16), "changed: dtype"),
     ],
@@ -166,7 +177,7 @@ def test_sample_prompts_keep_a_negative_prompt_for_guidance_set_later(tmp_path: 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog --n blurry --g 1\n", encoding="utf-8")
     path = tmp_path / "cache.pt"
-    assert cache_sample_prompts(path, prompts, RECIPE, FakeTextEncoder()) == 2
+    cache_sample_prompts(path, read_sample_prompts(prompts), RECIPE, FakeTextEncoder())
     content = torch.load(path, weights_only=True)
     assert (content["version"], content["ltx_mode"], content["audio_video"]) == (2, "av", True)
     first, second = content["prompt_cache"]
@@ -174,3 +185,22 @@ def test_sample_prompts_keep_a_negative_prompt_for_guidance_set_later(tmp_path: 
     assert first["prompt_attention_mask"].shape == (TOKENS,)
     assert first["negative_prompt"] == ""
     assert second["negative_prompt"] == "blurry"
+
+
+def test_sample_prompts_of_other_connectors_belong_to_the_checkpoint_they_stand_in_for(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, connectors=EncoderRecord("named", replaces="its own"))
+    path = tmp_path / "cache.pt"
+    prompts = [SamplePrompt(prompt="a cat")]
+    cache_sample_prompts(path, prompts, recipe, FakeTextEncoder())
+    assert len(load_prompt_cache(path, "av", prompts, encoder_id="its own")) == 1
+    with pytest.raises(UserError, match="another checkpoint"):
+        load_prompt_cache(path, "av", prompts, encoder_id="of a third")
+
+
+def test_a_full_disk_ends_the_run_with_one_message(entry: DatasetEntry, monkeypatch) -> None:
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("musubi_tuner.caching.text.write_text", full)
+    with pytest.raises(UserError, match="make room"):
+        _run(entry)

@@ -8,6 +8,7 @@ import torch
 from media_files import tone, write_sound
 
 from musubi_tuner.common.errors import ConfigErrors
+from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, check_caches
 from musubi_tuner.dataset.loader import BatchLoader
@@ -173,3 +174,18 @@ def test_a_checkpoint_without_the_component_is_refused_before_decoding(assets: A
         cache_latents(["--dataset_config", str(assets.dataset), "--ltx2_checkpoint", str(bare), "--device", "cpu"])
     assert stop.value.code == 2
     assert "has no video VAE encoder" in capsys.readouterr().err
+
+
+def test_caches_made_with_encoders_of_other_files_serve_training(assets: Assets, tmp_path: Path) -> None:
+    file = SafetensorsFile(assets.checkpoint)
+    own = dict(file.read())
+    vae = {key: tensor * 1.5 for key, tensor in own.items() if key.startswith("vae.")}
+    save_safetensors(vae, tmp_path / "vae.safetensors", file.metadata)
+    text = {key: tensor * 1.5 for key, tensor in own.items() if "connector" in key or "text_embedding" in key}
+    save_safetensors(text, tmp_path / "text.safetensors", file.metadata)
+    _latents(assets, "av", "--skip_existing", "--vae", str(tmp_path / "vae.safetensors"))
+    _text(assets, "av", "--skip_existing", "--ltx2_text_encoder_checkpoint", str(tmp_path / "text.safetensors"))
+    assert len(_batches(assets, "av")) == CLIPS
+    _latents(assets, "av", "--skip_existing")  # without --vae the checkpoint's own encoder makes them anew
+    cached = next((assets.dataset.parent / "cache").glob("*x0128_ltx2.safetensors"))
+    assert SafetensorsFile(cached).metadata["encoder_id"] == Checkpoint.open(assets.checkpoint).encoder_id("video_vae")

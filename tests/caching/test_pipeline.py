@@ -3,13 +3,23 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from cache_files import write_item
 
 from musubi_tuner.caching import pipeline
-from musubi_tuner.caching.pipeline import Failed, Output, Summary, outdated, read_ahead, remove_orphans
-from musubi_tuner.common.errors import UserError
+from musubi_tuner.caching.pipeline import (
+    Failed,
+    Output,
+    Summary,
+    outdated,
+    prepare_directories,
+    read_ahead,
+    remove_orphans,
+)
+from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.dataset.cache import CacheName, list_caches, write_latents
+from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 
 
 def _collect(items, work, **options):
@@ -135,3 +145,15 @@ def test_the_summary_decides_the_exit_status(caplog) -> None:
     empty = Summary()
     empty.empty.append("datasets[0]")
     assert empty.finish(allow_failed=False) == 1
+
+
+def test_directories_that_cannot_be_written_are_reported_together_before_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    entries = tuple(
+        DatasetEntry(f"datasets[{i}]", "video", tmp_path, tmp_path / name / "cache")
+        for i, name in enumerate(("file", "good", "file"))
+    )
+    with pytest.raises(ConfigErrors, match="cannot be written; choose others") as error:
+        prepare_directories(DatasetConfig(entries, (), tmp_path / "data.toml"))
+    assert [problem.split(".")[0] for problem in error.value.problems] == ["datasets[0]", "datasets[2]"]
+    assert list((tmp_path / "good" / "cache").iterdir()) == []

@@ -277,3 +277,22 @@ def test_long_videos_are_held_in_part(tmp_path, monkeypatch, mode) -> None:
         assert clip.waveform.shape[1] == clip.window.count * 640
     assert len(held) > 20
     assert max(held) < 1.2  # seconds; the longest clip has 1.0
+
+
+def test_sound_too_short_for_the_spectrogram_is_no_sound(tmp_path) -> None:
+    item = _item(write_video(tmp_path / "a.mkv", 60, fps=60, sound=tone(1)))
+    (clip,) = prepare_clips(item, _entry(tmp_path, target_frames=(1,), target_fps=60.0), with_audio=True)
+    assert (clip.waveform, clip.audio_status) == (None, "absent")
+    assert clip.notes == ("17 ms of sound, at least 32 ms are needed",)
+    alone = _item(write_sound(tmp_path / "b.wav", tone(0.02)), "audio")
+    with pytest.raises(MediaError, match="b.wav: 20 ms of sound, at least 32 ms are needed"):
+        prepare_clips(alone, _entry(tmp_path, "audio"), with_audio=True)
+
+
+def test_a_sound_file_that_was_cut_off_is_named(tmp_path, caplog) -> None:
+    path = write_sound(tmp_path / "a.flac", tone(4), codec="flac")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with caplog.at_level(logging.WARNING):
+        prepare_clips(_item(path, "audio"), _entry(tmp_path, "audio"), with_audio=True)
+    assert "a.flac: ends at" in caplog.text
+    assert "may be truncated" in caplog.text

@@ -11,6 +11,7 @@ from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.common.safetensors_io import save_safetensors
 from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, cache_key, check_caches, provenance
+from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 
 ENCODERS = EncoderIds("video id", "audio id", "text id")
@@ -39,10 +40,14 @@ def _made(source: Path, name: str = "a", *, settings=None, encoders=ENCODERS, te
     file = source / f"{name}.mp4"
     clip = {"target_fps": 25.0, "source_fps": None, "bucket": "64x32"} | (settings or {})
     return {
-        "latents": provenance(file, encoders.video_vae, clip),
-        "audio": provenance(file, encoders.audio_vae, {}),
-        "text": provenance(file, encoders.text, {}) | {"ltx2_mode": text_mode},
+        "latents": provenance(file, _record(encoders.video_vae), clip),
+        "audio": provenance(file, _record(encoders.audio_vae), {}),
+        "text": provenance(file, _record(encoders.text), {}) | {"ltx2_mode": text_mode},
     }
+
+
+def _record(encoder: str | EncoderRecord) -> EncoderRecord:
+    return encoder if isinstance(encoder, EncoderRecord) else EncoderRecord(encoder)
 
 
 def _write(entry: DatasetEntry, stem: str, *, count: int = 9, start: int = 0, **options):
@@ -113,7 +118,7 @@ def test_only_items_of_the_configuration_count(source: Path, caplog) -> None:
 
 @pytest.mark.parametrize("missing", ["cache_only", "moved"])
 def test_without_its_sources_a_dataset_is_all_that_is_cached(source: Path, missing: str) -> None:
-    entry = _entry(source)
+    entry = _entry(source, frame_extraction="chunk")
     _write(entry, "a")
     _write(entry, "b", start=9)
     where = None if missing == "cache_only" else source / "moved"
@@ -218,7 +223,7 @@ def test_leftovers_beside_current_caches_are_ignored(source: Path, caplog) -> No
     ],
 )
 def test_caches_of_another_checkpoint_are_refused(source: Path, encoders: EncoderIds, what: str, script: str) -> None:
-    entry = _entry(source)
+    entry = _entry(source, frame_extraction="chunk")
     for stem in "abc":
         _write(entry, stem, audio_steps=3, metadata=_made(source, stem))
         _write(entry, stem, start=9, metadata=_made(source, stem))
@@ -227,6 +232,45 @@ def test_caches_of_another_checkpoint_are_refused(source: Path, encoders: Encode
     assert len(error.value.problems) == 1
     if what != "audio latents":
         assert "and 3 more (6 in all)" in str(error.value)
+
+
+def test_caches_made_on_purpose_with_another_encoder_file_are_used(source: Path) -> None:
+    named = EncoderIds(EncoderRecord("vae.safetensors", "video id"), "audio id", EncoderRecord("text.st", "text id"))
+    entry = _entry(source)
+    for stem in "abc":
+        _write(entry, stem, audio_steps=3, metadata=_made(source, stem, encoders=named))
+    _check(_discover(entry))
+    _check(_discover(entry), encoders=EncoderIds("vae.safetensors", "audio id", "text.st"))
+    with pytest.raises(ConfigErrors, match="video latents were made with another checkpoint"):
+        _check(_discover(entry), encoders=EncoderIds("a third", "audio id", "text id"))
+
+
+@pytest.mark.parametrize("own", ["video id", None])
+def test_a_mixture_of_encoders_is_refused(source: Path, own: str | None) -> None:
+    named = EncoderIds(EncoderRecord("vae.safetensors", own), "audio id", "text id")
+    entry = _entry(source)
+    for stem in "abc":
+        _write(entry, stem, metadata=_made(source, stem, encoders=named if stem == "b" else ENCODERS))
+    message = "b_00000-009: video latents were made with another encoder than the rest; use the same --vae for all"
+    with pytest.raises(ConfigErrors, match=message):
+        _check(_discover(entry), encoders=EncoderIds(own, "audio id", "text id"))
+
+
+@pytest.mark.parametrize(
+    ("change", "bases"),
+    [
+        ({"frame_extraction": "head"}, {"a_00000-009"}),
+        ({"frame_extraction": "full"}, {"a_00000-009"}),
+        ({"frame_extraction": "chunk"}, {"a_00000-009", "a_00009-009"}),
+        ({"frame_extraction": "slide", "frame_stride": 2}, {"a_00000-009", "a_00004-009"}),
+        ({"frame_extraction": "uniform", "frame_sample": 3}, {"a_00000-009", "a_00004-009", "a_00009-009"}),
+    ],
+)
+def test_clips_of_another_extraction_are_not_trained(source: Path, change: dict, bases: set[str]) -> None:
+    entry = _entry(source, **change)
+    for start in (0, 4, 9):
+        _write(entry, "a", start=start)
+    assert {item.base for item in _discover(entry).items()} == bases
 
 
 def test_what_mode_video_does_not_use_is_not_checked(source: Path) -> None:

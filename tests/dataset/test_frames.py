@@ -2,7 +2,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from musubi_tuner.dataset.frames import (
@@ -68,6 +68,7 @@ def test_output_is_the_last_frame_that_is_not_late(frames, fps, begin, length) -
     st.lists(st.floats(0.001, 0.3), min_size=1, max_size=60),
     st.sampled_from([8.0, 15.0, 24.0, 25.0, 29.97, 30.0, 60.0]),
 )
+@example([0.25, 0.1808245937216888, 0.1808245937216888, 0.05417547329361334, 0.05417547329361334], 25.0)
 def test_resampling_any_frame_times_keeps_real_time(gaps, target) -> None:
     times = np.concatenate([[0.0], np.cumsum(gaps)])
     indices = resample_indices(times, FrameRate(25.0, target, resample=True))

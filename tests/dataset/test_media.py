@@ -206,3 +206,12 @@ def test_enlarging_is_lanczos() -> None:
     pixels = index_frame(0b1011001, (64, 32))
     expected = np.asarray(Image.fromarray(pixels).resize((128, 64), Image.Resampling.LANCZOS))
     np.testing.assert_array_equal(resize_to_bucket(pixels, (128, 64)), expected)
+
+
+def test_a_video_that_begins_after_its_sound_is_not_truncated(tmp_path) -> None:
+    # Matroska counts the duration from its own zero.
+    times = [2.0 + i / 25 for i in range(20)]
+    path = write_video(tmp_path / "late.mkv", 20, times=times, sound=tone(2.8))
+    with open_video(path) as video:
+        assert len(list(video.frames())) == 20
+        assert video.info.duration > 2.5

@@ -160,6 +160,15 @@ def test_paths_lie_beside_the_file_or_in_the_working_directory(folder, monkeypat
     assert entry.cache_directory == folder / "configs" / "cache"  # new: beside its source
 
 
+def test_a_new_cache_lies_beside_the_file_wherever_the_script_is_started(folder, monkeypatch) -> None:
+    (folder / "configs").mkdir()
+    path = folder / "configs" / "dataset.toml"
+    source = (folder / "videos").as_posix()
+    path.write_text(f'[[datasets]]\nvideo_directory = "{source}"\ncache_directory = "new"', encoding="utf-8")
+    monkeypatch.chdir(folder)
+    assert load_dataset_config(path).datasets[0].cache_directory == folder / "configs" / "new"
+
+
 def test_training_needs_no_sources(folder) -> None:
     text = '[[datasets]]\nvideo_directory = "gone"\ncache_directory = "cache"'
     assert "does not exist" in _problems(folder, text)[0]
@@ -294,7 +303,7 @@ def test_equal_stems_name_both_files(folder) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("no.toml", None, "does not exist"),
+        ("no.toml", None, "not found"),
         ("d.yaml", b"", ".toml or .json"),
         ("d.toml", b"[general]\nx = ", "at end of document"),
         ("d.toml", b"[general]\nx = y", "line 2"),

@@ -125,3 +125,10 @@ def test_missing_damaged_and_foreign_files(tmp_path, capsys):
     torch.save({"version": 1, "prompt_cache": []}, tmp_path / "old.pt")
     with pytest.raises(UserError, match="has version 1, expected 2"):
         load_prompt_cache(tmp_path / "old.pt", "video", PROMPTS)
+
+
+@pytest.mark.parametrize("entry", [3, {}, {"prompt": "a cat"}, {"prompt": "a cat", "prompt_embeds": [1.0]}])
+def test_entries_that_are_none_give_one_message(tmp_path, entry):
+    torch.save({"version": 2, "ltx_mode": "video", "prompt_cache": [entry]}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="entries without a prompt and its embeddings"):
+        load_prompt_cache(tmp_path / "c.pt", "video", [SamplePrompt(prompt="a cat")])

@@ -1,7 +1,8 @@
-"""The hand-written gradients against finite differences and against plain PyTorch."""
+"""The hand-written gradients against finite differences and against plain PyTorch, and the masks."""
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.autograd import gradcheck
 
 from musubi_tuner.models.ltx2.adaln import Levels, distinct_levels, gated_add, modulate, sinusoid
+from musubi_tuner.models.ltx2.attention import text_mask, weight_mask
 from musubi_tuner.models.ltx2.norm import rms_norm
 from musubi_tuner.models.ltx2.rope import RopeTable, apply_rope, rope_table
 
@@ -144,3 +146,15 @@ def test_rope_ladder_is_monotonic_up_to_theta():
     assert angles[0] == pytest.approx(torch.pi / 2)
     assert angles[-1] == pytest.approx(torch.pi * 0.75)
     assert all(a < b for a, b in pairwise(angles))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_hiding_a_whole_row_stays_finite_in_every_kernel(dtype):
+    """Kernels add scores in the dtype of the mask, or scale it by log2(e) in fp32; either must not overflow."""
+    masks = (text_mask(torch.zeros(1, 3, dtype=torch.bool), dtype), weight_mask(torch.zeros(1, 1, 3), dtype))
+    for mask in masks:
+        assert mask.dtype == dtype
+        assert bool((mask - 1000).isfinite().all())
+        assert bool((mask.float() * math.log2(math.e)).isfinite().all())
+    visible = weight_mask(torch.tensor([[[1.0, 0.5, 0.0]]]), dtype).float().softmax(dim=-1)
+    torch.testing.assert_close(visible.flatten(), torch.tensor([2 / 3, 1 / 3, 0.0]), rtol=1e-2, atol=0)

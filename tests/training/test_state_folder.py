@@ -166,6 +166,8 @@ def test_other_optimizer_or_network_is_refused(tmp_path: Path):
         ("nowhere.Opt", [], "pip install nowhere"),
         ("AdamW", ["betas"], "expected key=value"),
         ("AdamW", ["bates=(0.9,0.99)"], "bates"),
+        ("AdamW", ["betas=(2,3)"], "Invalid beta"),
+        ("Adafactor", [], "relative_step"),
     ],
 )
 def test_bad_optimizer_flags(kind: str, args: list[str], message: str):

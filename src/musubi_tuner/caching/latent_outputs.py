@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from musubi_tuner.common.dtypes import dtype_name
+from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import (
     AUDIO_RATE,
     SPATIAL_STRIDE,
@@ -21,7 +22,7 @@ from musubi_tuner.dataset.cache import CacheName, Grid, read_audio_header, read_
 from musubi_tuner.dataset.clips import AudioSource, base_name
 from musubi_tuner.dataset.fingerprint import provenance
 from musubi_tuner.dataset.frames import ClipWindow
-from musubi_tuner.dataset.items import Mode
+from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.schema import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem
 
@@ -58,8 +59,8 @@ class LatentRecipe:
     """
 
     mode: Mode
-    video_vae_id: str | None
-    audio_vae_id: str | None
+    video_vae: EncoderRecord | None
+    audio_vae: EncoderRecord | None
     video_dtype: torch.dtype = torch.bfloat16  # in mode audio: of the placeholder
     audio_dtype: torch.dtype = torch.float16
     audio_source: AudioSource = AudioSource()
@@ -94,7 +95,7 @@ def clip_outputs(
     frames = window.count if window else 1
     latents = Output(
         entry.cache_directory / str(name),
-        provenance(item.path, recipe.video_vae_id, video),
+        provenance(item.path, recipe.video_vae, video),
         fits=lambda path: read_latent_header(path).grid == latent_grid(frames, bucket),
     )
     if recipe.mode != "av" or item.kind == "image":
@@ -134,7 +135,7 @@ def _clip_sound(
     steps = audio_latent_length(int((window.count if window else 1) / entry.target_fps * AUDIO_RATE))
     return Output(
         entry.cache_directory / str(name),
-        provenance(source, recipe.audio_vae_id, settings) | {"bucket": f"{bucket[0]}x{bucket[1]}"},
+        provenance(source, recipe.audio_vae, settings) | {"bucket": f"{bucket[0]}x{bucket[1]}"},
         fits=lambda path: abs(read_audio_header(path).steps - steps) <= _AUDIO_STEPS_TOLERANCE,
     )
 
@@ -153,7 +154,7 @@ def _sound_outputs(recipe: LatentRecipe, entry: DatasetEntry, item: SourceItem, 
         ),
         Output(
             entry.cache_directory / str(name.sibling("audio")),
-            provenance(item.path, recipe.audio_vae_id, {"dtype": dtype_name(recipe.audio_dtype)}),
+            provenance(item.path, recipe.audio_vae, {"dtype": dtype_name(recipe.audio_dtype)}),
             fits=lambda path: read_audio_header(path).channels > 0,
         ),
     )

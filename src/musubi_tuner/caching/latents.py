@@ -17,18 +17,29 @@ from torch import Tensor
 
 from musubi_tuner.common.progress import progress
 from musubi_tuner.dataset.buckets import floor_frames
-from musubi_tuner.dataset.cache import CacheName, list_caches, split_clip_base, write_audio, write_latents
+from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches, split_clip_base, write_audio, write_latents
 from musubi_tuner.dataset.clips import PreparedClip, base_name, iter_clips, plan_item
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
 
 from .latent_outputs import ClipOutputs, LatentRecipe, clip_outputs
-from .pipeline import Failed, Output, Summary, default_workers, outdated, read_ahead, remove_orphans
+from .pipeline import (
+    Failed,
+    Output,
+    Summary,
+    default_workers,
+    outdated,
+    read_ahead,
+    remove_orphans,
+    remove_partial,
+    stop_if_full,
+)
 
 logger = logging.getLogger(__name__)
 
 _MOST_PENDING_BYTES = 1 << 30  # of decoded clips that wait for others of their shape
+_KINDS: tuple[CacheKind, ...] = ("latents", "audio", "dino", "mask")  # kept or deleted together
 
 
 class VideoEncoder(Protocol):
@@ -126,6 +137,7 @@ class _DatasetRun:
         self.lengths: dict[int, int] = defaultdict(int)  # videos by clip length
         self.videos = 0  # read to their end
         self.groups = _Groups(options.batch_size or entry.batch_size)
+        remove_partial(entry.cache_directory, _KINDS)
         # Read once: which caches each source has now.
         self.existing: dict[str, list[CacheName]] = defaultdict(list)
         for name in list_caches(entry.cache_directory):
@@ -172,8 +184,7 @@ class _DatasetRun:
         if self.summary.failed_in(label) or not complete:
             logger.info("%s: no old cache files are deleted, since some items could not be cached", label)
             return
-        kinds = ("latents", "audio", "dino", "mask")
-        if removed := remove_orphans(self.entry.cache_directory, self.produced, kinds):
+        if removed := remove_orphans(self.entry.cache_directory, self.produced, _KINDS):
             logger.info("%s: deleted %d cache files that the dataset no longer produces", label, len(removed))
 
     # --- in worker threads
@@ -292,6 +303,7 @@ class _DatasetRun:
             try:
                 self.encoder.store_audio(clip, job.audio)
             except Exception as error:
+                stop_if_full(error, self.entry.cache_directory)
                 self.summary.fail(label, "audio", clip.base_name, error)
                 return False
             tally.encoded += 1
@@ -311,6 +323,7 @@ class _DatasetRun:
             if wanted:
                 self.encoder.store_latents(self.entry, wanted)
         except Exception as error:
+            stop_if_full(error, self.entry.cache_directory)
             if alone:
                 self.summary.fail(label, kind, jobs[0].clip.base_name, _explained(error))
             return alone

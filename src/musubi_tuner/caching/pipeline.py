@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import queue
@@ -12,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.atomic import is_partial
+from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches
 from musubi_tuner.dataset.fingerprint import stale_reason
+from musubi_tuner.dataset.schema import DatasetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ STALL_SECONDS = 60.0  # after which a file that is still being read is named
 MISSING = "missing"
 _MOST_WORKERS = 8  # by default; each holds a decoded clip or two
 _FAILURES_SHOWN = 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 # --- reading ahead ------------------------------------------------------------------------------------------
@@ -111,6 +115,48 @@ class _Stream(Generic[R]):
                 return
             yield value
             waited = 0.0
+
+
+# --- where the files go ------------------------------------------------------------------------------------
+
+
+def prepare_directories(config: DatasetConfig) -> None:
+    """Make the cache directories of all datasets that have sources.
+
+    Raises:
+        ConfigErrors: those that cannot be written to.
+    """
+    problems = []
+    for entry in config.entries():
+        if entry.source is None:
+            continue
+        try:
+            entry.cache_directory.mkdir(parents=True, exist_ok=True)
+            probe = entry.cache_directory / ".write_test"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            problems.append(f"{entry.label}.cache_directory: {entry.cache_directory} ({error.strerror})")
+    if problems:
+        raise ConfigErrors(problems, f"{config.path}: cache directories that cannot be written; choose others")
+
+
+def stop_if_full(error: Exception, directory: Path) -> None:
+    """Raise when no file can be written any more, whatever the item: a full disk ends the run."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        raise UserError(
+            f"{directory}: {error.strerror}; make room or choose another cache_directory, then continue with "
+            "--skip_existing"
+        ) from error
+
+
+def remove_partial(directory: Path, kinds: Collection[CacheKind]) -> None:
+    """Delete what an interrupted run left half-written."""
+    leftovers = [path for path in directory.iterdir() if is_partial(path)] if directory.is_dir() else []
+    for path in leftovers:
+        name = CacheName.parse(path.name.split(".partial-")[0] + path.suffix)
+        if name is not None and name.kind in kinds:
+            path.unlink()
 
 
 # --- keeping what is current --------------------------------------------------------------------------------

@@ -6,30 +6,29 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from musubi_tuner.common.devices import choose_device
 from musubi_tuner.common.dtypes import parse_dtype
-from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig
-from musubi_tuner.config.model import GemmaConfig
+from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.dataset.clips import AudioSource
-from musubi_tuner.dataset.items import Mode
-from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
+from musubi_tuner.dataset.items import EncoderRecord
+from musubi_tuner.dataset.schema import check_mode, load_dataset_config
 from musubi_tuner.models.checkpoint import Checkpoint
 
 from .latent_outputs import LatentRecipe, VirtualGeometry
 from .latents import RunOptions, cache_latents
-from .text import Encoder, TextRecipe, cache_sample_prompts, cache_text, gemma_fingerprint
+from .pipeline import prepare_directories
+from .text import Encoder, TextRecipe, cache_sample_prompts, cache_text, gemma_fingerprint, read_sample_prompts
 
 if TYPE_CHECKING:
     from musubi_tuner.models.video_vae import VideoVAE
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_PROMPTS_NAME = "ltx2_sample_prompts_cache.pt"
 _PRECISION = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -47,7 +46,7 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
 
     datasets = load_dataset_config(config.dataset.dataset_config)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)
-    device = _device(config.dataset.device)
+    device = choose_device(config.dataset.device)
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     vae_checkpoint = Checkpoint.open(config.encoding.vae) if config.encoding.vae else checkpoint
     if mode != "audio":
@@ -55,6 +54,7 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
     if mode != "video":
         checkpoint.require("audio_vae", "caching audio latents")
 
+    prepare_directories(datasets)
     recipe = _latent_recipe(config, mode, checkpoint, vae_checkpoint)
     video_vae = audio_vae = None
     if mode != "audio":
@@ -79,8 +79,8 @@ def _latent_recipe(
     placeholder = parse_dtype(audio.audio_video_latent_dtype) if audio.audio_video_latent_dtype else audio_dtype
     return LatentRecipe(
         mode=mode,
-        video_vae_id=vae_checkpoint.encoder_id("video_vae") if mode != "audio" else None,
-        audio_vae_id=checkpoint.encoder_id("audio_vae") if mode != "video" else None,
+        video_vae=_encoder("video_vae", vae_checkpoint, checkpoint) if mode != "audio" else None,
+        audio_vae=_encoder("audio_vae", checkpoint, checkpoint) if mode != "video" else None,
         video_dtype=placeholder if mode == "audio" else parse_dtype(config.encoding.vae_dtype),
         audio_dtype=audio_dtype,
         audio_source=AudioSource(audio.ltx2_audio_source, audio.ltx2_audio_dir, audio.ltx2_audio_ext),
@@ -89,6 +89,15 @@ def _latent_recipe(
         ),
         placeholder_channels=audio.audio_video_latent_channels or _video_channels(checkpoint),
     )
+
+
+def _encoder(
+    kind: Literal["video_vae", "audio_vae", "text"], source: Checkpoint, checkpoint: Checkpoint
+) -> EncoderRecord:
+    """The encoder read from ``source``, instead of the one in ``checkpoint`` where that has another."""
+    used, own = source.encoder_id(kind), checkpoint.encoder_id(kind)
+    assert used is not None  # Checkpoint.require comes first
+    return EncoderRecord(used, own if own != used else None)
 
 
 def _video_channels(checkpoint: Checkpoint) -> int:
@@ -116,53 +125,34 @@ def run_cache_text(config: CacheTextConfig) -> int:
     """
     assert config.dataset.dataset_config is not None
     assert config.checkpoint.ltx2_checkpoint is not None
+    # Imported here: each script is spared the other's libraries.
+    from musubi_tuner.generation.prompt_cache import DEFAULT_NAME
+    from musubi_tuner.generation.text_encoding import load_encoder
+
     datasets = load_dataset_config(config.dataset.dataset_config)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)
-    device = _device(config.dataset.device)
-    checkpoint = Checkpoint.open(config.text.ltx2_text_encoder_checkpoint or config.checkpoint.ltx2_checkpoint)
-    checkpoint.require("connectors", "caching text")
-    dtype = _PRECISION[config.text.mixed_precision]
+    device = choose_device(config.dataset.device)
+    text = config.text
+    checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
+    source = Checkpoint.open(text.ltx2_text_encoder_checkpoint) if text.ltx2_text_encoder_checkpoint else checkpoint
+    source.require("connectors", "caching text")
+    prompts = read_sample_prompts(text.sample_prompts) if text.precache_sample_prompts else []
+    prepare_directories(datasets)
+    dtype = _PRECISION[text.mixed_precision]
     recipe = TextRecipe(
-        mode, checkpoint.encoder_id("text"), _gemma_id(config.gemma), dtype, config.text.legacy_text_keys
+        mode, _encoder("text", source, checkpoint), _gemma_id(config.gemma), dtype, text.legacy_text_keys
     )
 
     @cache
     def encoder() -> Encoder:
-        return _load_text_encoder(config, checkpoint, dtype, device)
+        return load_encoder(source, config.gemma, dtype=dtype, device=device)
 
     with _resumable():
         summary = cache_text(datasets, recipe, encoder, options=_options(config.dataset))
-    if config.text.precache_sample_prompts:
-        assert config.text.sample_prompts is not None
-        path = config.text.sample_prompts_cache or sample_prompts_path(datasets)
-        cache_sample_prompts(path, config.text.sample_prompts, recipe, encoder())
+    if prompts:
+        path = text.sample_prompts_cache or datasets.datasets[0].cache_directory / DEFAULT_NAME
+        cache_sample_prompts(path, prompts, recipe, encoder())
     return summary.finish(allow_failed=config.dataset.allow_failed)
-
-
-def sample_prompts_path(datasets: DatasetConfig) -> Path:
-    """Where the encoded prompts of previews go by default."""
-    return datasets.datasets[0].cache_directory / SAMPLE_PROMPTS_NAME
-
-
-def _load_text_encoder(
-    config: CacheTextConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-) -> Encoder:
-    from musubi_tuner.models.text_encoder import load_text_encoder
-
-    gemma = config.gemma
-    compute = gemma.gemma_bnb_4bit_compute_dtype
-    return load_text_encoder(
-        checkpoint,
-        gemma_root=gemma.gemma_root,
-        gemma_safetensors=gemma.gemma_safetensors,
-        load_in_8bit=gemma.gemma_load_in_8bit,
-        load_in_4bit=gemma.gemma_load_in_4bit,
-        quant_type=gemma.gemma_bnb_4bit_quant_type,
-        double_quant=not gemma.gemma_bnb_4bit_disable_double_quant,
-        compute_dtype=None if compute == "auto" else parse_dtype(compute),
-        dtype=dtype,
-        device=device,
-    )
 
 
 def _gemma_id(gemma: GemmaConfig) -> str:
@@ -186,15 +176,3 @@ def _resumable() -> Iterator[None]:
     except KeyboardInterrupt:
         logger.warning("interrupted; every file written so far is complete, --skip_existing continues from here")
         raise
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: not a device; use cuda, cuda:1 or cpu") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no CUDA device is available to PyTorch; use --device cpu")
-    return device

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,18 +15,19 @@ from torch import Tensor
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.progress import progress
-from musubi_tuner.common.safetensors_io import SafetensorsFile
+from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.cache import CacheName, read_text_header, write_text
 from musubi_tuner.dataset.discovery import text_mismatch
 from musubi_tuner.dataset.fingerprint import provenance
-from musubi_tuner.dataset.items import Mode
+from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, caption_path, list_items, summarize_problems
 
 from .latents import RunOptions
-from .pipeline import Output, Summary, outdated, remove_orphans
+from .pipeline import Output, Summary, outdated, remove_orphans, remove_partial, stop_if_full
 
 if TYPE_CHECKING:
+    from musubi_tuner.generation.prompts import SamplePrompt
     from musubi_tuner.models.text_encoder import PromptEmbeds
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class TextRecipe:
     """What determines the embeddings of a run beside the captions."""
 
     mode: Mode
-    connectors_id: str | None
+    connectors: EncoderRecord
     gemma_id: str
     dtype: torch.dtype = torch.float32
     legacy_keys: bool = True
@@ -105,13 +106,13 @@ def _text_metadata(entry: DatasetEntry, item: SourceItem, recipe: TextRecipe, *,
     }
     source = caption_path(item.path, entry.caption_extension)
     return provenance(
-        source if source.is_file() else item.path, recipe.connectors_id, settings, content_in_settings=True
+        source if source.is_file() else item.path, recipe.connectors, settings, content_in_settings=True
     ) | {"ltx2_mode": recipe.mode}
 
 
 def _foreign_fits(path: Path, caption: str, mode: Mode) -> bool:
     header = read_text_header(path)
-    same_caption = SafetensorsFile(path).metadata.get("caption1", caption) == caption
+    same_caption = header.metadata.get("caption1", caption) == caption
     return same_caption and text_mismatch(mode, header, None) is None
 
 
@@ -126,6 +127,7 @@ def _cache_dataset(
     listing = list_items(entry)
     if listing.problems:
         logger.warning("%s: %s", label, summarize_problems(listing.problems))
+    remove_partial(entry.cache_directory, ("text",))
     tally = summary.tally(label, "text")
     due: list[tuple[SourceItem, Output]] = []
     for item in listing.items:
@@ -156,6 +158,7 @@ def _encode_batch(
     try:
         _store(batch, recipe, encoder)
     except Exception as error:
+        stop_if_full(error, batch[0][1].path.parent)
         if len(batch) > 1:  # one of them failed: find out which
             for one in batch:
                 _encode_batch([one], label, recipe, encoder, summary)
@@ -203,15 +206,20 @@ def _finish(entry: DatasetEntry, stems: list[str], options: RunOptions, summary:
 # --- prompts of previews ------------------------------------------------------------------------------------
 
 
-def cache_sample_prompts(path: Path, prompt_file: Path, recipe: TextRecipe, encoder: Encoder) -> int:
-    """Encode the prompts of a prompt file for previews without Gemma; returns their number."""
-    from musubi_tuner.generation.prompt_cache import encode_prompts, write_prompt_cache
+def read_sample_prompts(prompt_file: Path) -> list[SamplePrompt]:
+    """The prompts of a prompt file, with guidance on unless one turns it off: the default scale is known only
+    when training starts, and a negative prompt that is not needed costs little."""
     from musubi_tuner.generation.prompts import SamplePrompt, load_prompts
 
-    # Guidance is on unless a prompt turns it off: the default scale is known only when training starts, and a
-    # negative prompt that is not needed costs little.
-    prompts = load_prompts(prompt_file, replace(SamplePrompt(), guidance_scale=2.0))
+    return load_prompts(prompt_file, SamplePrompt(guidance_scale=2.0))
+
+
+def cache_sample_prompts(path: Path, prompts: Sequence[SamplePrompt], recipe: TextRecipe, encoder: Encoder) -> None:
+    """Encode prompts for previews without Gemma."""
+    from musubi_tuner.generation.prompt_cache import encode_prompts, write_prompt_cache
+
     encoded = encode_prompts(encoder, prompts, recipe.mode)
-    write_prompt_cache(path, recipe.mode, prompts, encoded, encoder_id=recipe.connectors_id)
+    # Read by runs of the checkpoint that the connectors stand for.
+    belongs_to = recipe.connectors.replaces or recipe.connectors.id
+    write_prompt_cache(path, recipe.mode, prompts, encoded, encoder_id=belongs_to)
     logger.info("encoded %d sample prompts into %s", len(prompts), path)
-    return len(prompts)

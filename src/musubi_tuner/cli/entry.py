@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from .parser import Parsed, parse
 logger = logging.getLogger(__name__)
 
 C = TypeVar("C")
-Rule = Callable[[Parsed[C]], Sequence[str]]
+Rule = Callable[[Parsed[C]], Iterable[str]]
 
 
 def entry(

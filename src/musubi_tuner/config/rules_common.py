@@ -18,6 +18,12 @@ def missing(paths: Mapping[str, Path | None]) -> Iterable[str]:
             yield f"--{name} {path}: not found"
 
 
+def folder(name: str, path: Path | None) -> Iterable[str]:
+    """A folder to write to, which need not exist yet."""
+    if path is not None and path.exists() and not path.is_dir():
+        yield f"--{name} {path}: is a file, expected a folder"
+
+
 def dtypes(names: Mapping[str, str | None]) -> Iterable[str]:
     """Flags whose value is no dtype."""
     for name, value in names.items():

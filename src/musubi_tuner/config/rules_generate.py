@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .rules_common import dtypes, missing, samples
+from .rules_common import dtypes, folder, missing, samples
 from .sampling import GenerateVideoConfig
 
 
@@ -24,9 +24,7 @@ def _files(config: GenerateVideoConfig) -> Iterable[str]:
     )
     for path in config.lora.lora_weight:
         yield from missing({"lora_weight": path})
-    folder = config.generate.output_dir
-    if folder.exists() and not folder.is_dir():
-        yield f"--output_dir {folder}: is a file, expected a folder"
+    yield from folder("output_dir", config.generate.output_dir)
 
 
 def _prompts(config: GenerateVideoConfig) -> Iterable[str]:

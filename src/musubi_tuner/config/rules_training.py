@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .rules_common import dtypes, missing, samples
+from .rules_common import dtypes, folder, missing, samples
 from .training import TrainNetworkConfig
 
 # Flags of the usual commands whose work arrives with the memory features.
@@ -47,6 +47,7 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
             "resume": config.save.resume,
         }
     )
+    yield from folder("output_dir", config.save.output_dir)
 
 
 def ranges(config: TrainNetworkConfig) -> Iterable[str]:

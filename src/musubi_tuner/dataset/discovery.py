@@ -17,7 +17,7 @@ from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.config.model import Mode
 
-from .buckets import IMAGE_FPS, SPATIAL_STRIDE, audio_bucket_step, bucket_sizes
+from .buckets import IMAGE_FPS, SPATIAL_STRIDE, TEMPORAL_STRIDE, audio_bucket_step, bucket_sizes
 from .cache import (
     AudioHeader,
     CacheName,
@@ -30,6 +30,7 @@ from .cache import (
     split_clip_base,
 )
 from .fingerprint import cached_settings, encoder_record, short_list
+from .frames import can_start_at
 from .items import MODALITIES, CachedDataset, CachedItem, CacheProblem, MadeBy, Repair, TrainingSet
 from .schema import DatasetConfig, DatasetEntry
 from .sources import list_items
@@ -262,19 +263,22 @@ def latents_mismatch(entry: DatasetEntry, mode: Mode, name: CacheName, header: L
     if entry.kind == "image":
         if header.grid[0] != 1:
             return f"latents have {header.grid[0]} frames in an image dataset"
-    elif cause := _clip_mismatch(entry, name, header.metadata):
+    elif cause := _clip_mismatch(entry, name, header):
         return cause
     return _bucket_mismatch(entry, header)
 
 
-def _clip_mismatch(entry: DatasetEntry, name: CacheName, metadata: Mapping[str, str]) -> str | None:
-    clip = split_clip_base(name.base)
-    count = int(metadata.get("frame_count", clip[2] if clip else 0))
+def _clip_mismatch(entry: DatasetEntry, name: CacheName, header: LatentHeader) -> str | None:
+    count = (header.grid[0] - 1) * TEMPORAL_STRIDE + 1
     if entry.frame_extraction == "full":
         if count > entry.max_frames:
             return f"latents have {count} frames, max_frames is {entry.max_frames}"
-    elif count and count not in entry.target_frames:
+    elif count not in entry.target_frames:
         return f"latents have {count} frames, target_frames is {list(entry.target_frames)}"
+    clip = split_clip_base(name.base)
+    if clip and not can_start_at(entry.extraction, clip[1], count):
+        return f"latents start at frame {clip[1]}, where frame_extraction {entry.frame_extraction} takes no clip"
+    metadata = header.metadata
     fps = metadata.get("target_fps")
     if fps is not None and float(fps) != entry.target_fps:
         return f"latents were made with target_fps {float(fps):g}, the configuration says {entry.target_fps:g}"

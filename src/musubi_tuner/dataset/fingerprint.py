@@ -15,9 +15,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
-from musubi_tuner.common.av import AV
+from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.common.errors import ConfigErrors
+from musubi_tuner.config.model import Mode
 
 from .cache import legacy_slice
 from .items import MODALITIES, CachedItem, CacheProblem, EncoderRecord, Repair, TrainingSet
@@ -164,12 +166,15 @@ def check_caches(
     Raises:
         ConfigErrors: one line for each cause, with the number of caches, some names and the repairing command.
     """
+    items, mode = list(training_set.items()), training_set.mode
     problems = [*training_set.problems]
-    for item in training_set.items():
-        found = _encoder_problems(item, encoders, training_set.mode)
-        if text_widths is not None and not any(problem.repair == "text" for problem in found):
-            found += _width_problems(item, text_widths, training_set.mode)
-        problems += found
+    for made in _made_in(mode):
+        problems += _encoder_problems(items, made, getattr(encoders, made.encoder))
+    if text_widths is not None:
+        reported = {problem.name for problem in problems if problem.repair == "text"}
+        for item in items:
+            if item.base not in reported:
+                problems += _width_problems(item, text_widths, mode)
     if problems:
         raise ConfigErrors(
             [_describe(group, commands) for group in _by_cause(problems)],
@@ -197,19 +202,43 @@ def short_list(names: list[str]) -> str:
     return f"{', '.join(names[:NAMES_SHOWN])} and {len(names) - NAMES_SHOWN} more ({len(names)} in all)"
 
 
-def _encoder_problems(item: CachedItem, encoders: EncoderIds, mode: str) -> list[CacheProblem]:
-    made = item.made_by
-    pairs: list[tuple[str, str | None, str | None, Repair]] = [
-        # Mode audio keeps a placeholder instead of video latents, which no encoder made.
-        ("video latents", made.video_vae if mode != "audio" else None, encoders.video_vae, "latents"),
-        ("audio latents", made.audio_vae if mode != "video" else None, encoders.audio_vae, "latents"),
-        ("text embeddings", made.text, encoders.text, "text"),
-    ]
-    return [
-        CacheProblem(f"{what} were made with another checkpoint", item.base, repair)
-        for what, found, expected, repair in pairs
-        if found and expected and found != expected
-    ]
+@dataclass(frozen=True)
+class _Made:
+    """One kind of cache content."""
+
+    encoder: str  # field of EncoderIds and MadeBy
+    what: str
+    flag: str  # that names another file with the encoder
+    repair: Repair
+
+
+_MADE: Mapping[Modality | Literal["text"], _Made] = {
+    "video": _Made("video_vae", "video latents", "--vae", "latents"),
+    "audio": _Made("audio_vae", "audio latents", "--ltx2_checkpoint", "latents"),
+    "text": _Made("text", "text embeddings", "--ltx2_text_encoder_checkpoint", "text"),
+}
+
+
+def _made_in(mode: Mode) -> list[_Made]:
+    # Mode audio keeps a placeholder instead of video latents, which no encoder made.
+    return [*(_MADE[modality] for modality in MODALITIES[mode]), _MADE["text"]]
+
+
+def _encoder_problems(items: Iterable[CachedItem], made: _Made, own: str | None) -> list[CacheProblem]:
+    """Caches of another checkpoint than that with the encoder ``own`` or, if there are none, from a mixture."""
+    wrong, by_encoder = [], defaultdict(list)
+    for item in items:
+        record: EncoderRecord | None = getattr(item.made_by, made.encoder)
+        if record is None:
+            continue
+        by_encoder[record.id].append(item.base)
+        if own is not None and not record.belongs_to(own):
+            wrong.append(item.base)
+    cause = f"{made.what} were made with another checkpoint"
+    if not wrong and len(by_encoder) > 1:
+        wrong = min(by_encoder.values(), key=len)
+        cause = f"{made.what} were made with another encoder than the rest; use the same {made.flag} for all"
+    return [CacheProblem(cause, base, made.repair) for base in wrong]
 
 
 def _width_problems(item: CachedItem, expected: AV[int], mode: str) -> list[CacheProblem]:
@@ -236,9 +265,7 @@ def _warn_unchecked(training_set: TrainingSet, encoders: EncoderIds) -> None:
             "%s: caches without a record of the checkpoint that made them; their shapes fit, so they are used",
             short_list(foreign),
         )
-    used = {"video": ("video_vae", "text"), "audio": ("audio_vae", "text")}.get(
-        training_set.mode, ("video_vae", "audio_vae", "text")
-    )
+    used = [made.encoder for made in _made_in(training_set.mode)]
     unknown = [name.replace("_", " ") for name in used if getattr(encoders, name) is None]
     if unknown:
         logger.warning(

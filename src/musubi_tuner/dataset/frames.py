@@ -128,7 +128,8 @@ def output_length(frames: int, duration: float, rate: FrameRate) -> int:
     """Output frames of ``frames`` source frames that span ``duration`` seconds (the last one included)."""
     if not rate.resample:
         return frames
-    return max(math.ceil((frames / rate.source if rate.given else duration) * rate.target - _EPS), 0)
+    seconds = frames / rate.source if rate.given else duration
+    return max(math.ceil((seconds - _EPS) * rate.target), 0)
 
 
 # --- extraction ---------------------------------------------------------------------------------------------
@@ -173,6 +174,14 @@ def clip_starts(rule: ExtractionRule, frames: int, length: int | None) -> Iterab
     if length is None:
         return starts
     return takewhile(lambda start: start + frames <= length, starts)
+
+
+def can_start_at(rule: ExtractionRule, start: int, frames: int) -> bool:
+    """Whether a video of some length gives a clip of ``frames`` frames from ``start``."""
+    if rule.mode == "uniform":
+        return True
+    step = {"chunk": frames, "slide": rule.stride}.get(rule.mode)
+    return start % step == 0 if step else start == 0
 
 
 def clip_windows(rule: ExtractionRule, length: int) -> list[ClipWindow]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from musubi_tuner.common.errors import ConfigErrors, UserError, did_you_mean
+from musubi_tuner.common.text_files import read_text
 from musubi_tuner.config.model import Mode
 
 from .buckets import SPATIAL_STRIDE, Size, choose_bucket, floor_frames, floor_to
@@ -107,7 +108,8 @@ def load_dataset_config(
     """Read and check a dataset configuration.
 
     A value is looked up in the entry, then in ``[general]``, then (for a few names) on the command line, then
-    in the defaults. Relative directories lie beside the configuration file or else in the working directory.
+    in the defaults. Relative directories lie beside the configuration file or else in the working directory; a
+    cache directory that does not exist yet goes where its source was found, or beside the file.
 
     Args:
         command_line: options by name; None values do not count.
@@ -178,14 +180,7 @@ def _parse_file(file: Path) -> dict[str, Any]:
     suffix = file.suffix.lower()
     if suffix not in (".toml", ".json"):
         raise UserError(f"{file}: a dataset configuration is a .toml or .json file")
-    try:
-        content = file.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{file}: the dataset configuration does not exist") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    content = read_text(file)
     try:
         raw = tomllib.loads(content) if suffix == ".toml" else json.loads(content)
     except ValueError as error:  # names line and column
@@ -307,15 +302,16 @@ def _resolve(value: str, folder: Path) -> Path:
 
 
 def _resolve_cache(value: str | None, folder: Path, source_value: str | None, source: Path | None) -> Path:
-    """As every directory; one that does not exist yet goes where the source was found."""
+    """As every directory; one that does not exist yet goes where the source was found, or beside the file."""
     if value is None:
         assert source is not None
         return source
     path = _resolve(value, folder)
-    relative = source_value is not None and not Path(source_value).expanduser().is_absolute()
-    if relative and not path.exists() and (folder / source_value).exists():
-        return (folder / Path(value).expanduser()).resolve()
-    return path
+    beside = source_value is not None and (folder / Path(source_value).expanduser()).exists()
+    in_working_directory = source is not None and source.exists() and not beside
+    if path.exists() or in_working_directory:
+        return path
+    return (folder / Path(value).expanduser()).resolve()
 
 
 def _check_resolution(label: str, kind: Kind, values: Mapping[str, Any], report: _Report) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,16 +103,19 @@ def check_merged(probe: Probe, merged: Path, parts: Sequence[tuple[Path, float]]
     return Check(f"the merged LoRA equals {names}", error < 1e-2, f"largest relative difference {error:.1e}")
 
 
-def check_outputs(files: Iterable[Path], *, frames: int, sound: bool) -> list[Check]:
-    """Every video decodes to its full length, with sound where there should be some."""
-    checks = []
-    for file in files:
-        with av.open(str(file)) as container:
-            count = sum(1 for _ in container.decode(video=0))
-            has_sound = bool(container.streams.audio)
-        good = count == frames and (has_sound or not sound)
-        checks.append(Check(f"{file.name} plays", good, f"{count} frames, {'with' if has_sound else 'no'} sound"))
-    return checks
+def check_outputs(files: Sequence[Path], *, count: int, frames: int, sound: bool) -> list[Check]:
+    """There are ``count`` files, each of so many frames (0: sound alone), with sound where there should be some."""
+    rendered = Check("every prompt was rendered", len(files) == count, f"{len(files)} of {count}")
+    return [rendered, *(_check_output(file, frames, sound) for file in files)]
+
+
+def _check_output(file: Path, frames: int, sound: bool) -> Check:
+    with av.open(str(file)) as container:
+        streams = container.streams
+        found = sum(isinstance(frame, av.VideoFrame) for frame in container.decode(*streams.video, *streams.audio))
+        has_sound = bool(streams.audio)
+    good = found == frames and (has_sound or not sound)
+    return Check(f"{file.name} plays", good, f"{found} frames, {'with' if has_sound else 'no'} sound")
 
 
 def _with_loras(probe: Probe, files: Sequence[tuple[Path, float]]) -> AV[Tensor]:

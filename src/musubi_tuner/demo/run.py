@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.dataset.sampling import BatchPlan
 from musubi_tuner.dataset.schema import load_dataset_config
+from musubi_tuner.generation.prompts import load_prompts
 from musubi_tuner.models.checkpoint import Checkpoint
 
 from .assets import Assets, write_assets
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parents[3]  # of the repository; the scripts a user calls 
 NAME = "demo_lora"
 FRAMES, WIDTH, HEIGHT = 17, 192, 128
 LEARNING_RATE, RANK, SEED = 2e-3, 8, 42
+_CLOCK_SECONDS = 2.0  # what the time stamps of a file system may lag behind the clock
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Command:
     @property
     def shown(self) -> str:
         start = "accelerate launch --num_cpu_threads_per_process 2" if self.launched else "python"
-        quoted = (f'"{a}"' if " " in a else a for a in self.arguments)
-        return f"{start} {self.script} {' '.join(quoted)}"
+        script = self.script if Path.cwd() == ROOT else str(ROOT / self.script)
+        quoted = (f'"{a}"' if " " in a else a for a in (script, *self.arguments))
+        return f"{start} {' '.join(quoted)}"
 
     @property
     def argv(self) -> list[str]:
@@ -69,11 +72,18 @@ def run_demo(output_dir: Path, *, version: str, mode: str, steps: int, assets_on
         return 0
     if not (ROOT / "ltx2_train_network.py").exists():
         raise UserError(f"{ROOT} has no ltx2_train_network.py; run the demo from a checkout (pip install -e .)")
+    started = time.time()
     commands = demo_commands(assets, output_dir, version=version, mode=mode, steps=steps)
     done = [_run(command) for command in commands]
-    checks = _prove(assets, output_dir, mode=mode, steps=steps)
+    generated = _results(output_dir / "generated", started)
+    checks = _prove(assets, output_dir, generated, mode=mode, steps=steps)
+    samples = {
+        "Training clips": _clips(output_dir / "videos"),
+        "Previews during training": _previews(_results(output_dir / "lora" / "sample", started)),
+        "Generated with the merged LoRA": [Sample(p, f"prompt {i}") for i, p in enumerate(generated)],
+    }
     page = output_dir / "report.html"
-    write_report(_report(output_dir, checks, done, version=version, mode=mode, steps=steps), page)
+    write_report(_report(output_dir, checks, samples, done, version=version, mode=mode, steps=steps), page)
     logger.info(
         format_table(
             ["check", "result", "detail"],
@@ -114,7 +124,12 @@ def demo_commands(assets: Assets, output_dir: Path, *, version: str, mode: str, 
                     "--network_alpha",
                     str(RANK),
                 ),
-                *("--lora_target_preset", "audio" if mode == "audio" else "full", "--learning_rate", str(LEARNING_RATE)),
+                *(
+                    "--lora_target_preset",
+                    "audio" if mode == "audio" else "full",
+                    "--learning_rate",
+                    str(LEARNING_RATE),
+                ),
                 *("--lr_scheduler", "cosine", "--lr_warmup_steps", "10", "--max_train_steps", str(steps)),
                 *("--seed", str(SEED), "--max_data_loader_n_workers", "0", "--save_state_on_train_end"),
                 *("--timestep_sampling", "shifted_logit_normal", "--logging_dir", str(output_dir / "logs")),
@@ -168,7 +183,7 @@ def _run(command: Command) -> Step:
     return Step(command.title, command.shown, time.perf_counter() - started)
 
 
-def _prove(assets: Assets, output_dir: Path, *, mode: str, steps: int) -> list[Check]:
+def _prove(assets: Assets, output_dir: Path, generated: Sequence[Path], *, mode: str, steps: int) -> list[Check]:
     half, last, merged = _lora_files(output_dir, steps)
     training_set = discover(load_dataset_config(_dataset(assets, mode)), mode)
     probe = Probe.make(Checkpoint.open(assets.checkpoint), BatchLoader(BatchPlan(training_set, SEED)), mode)
@@ -177,23 +192,37 @@ def _prove(assets: Assets, output_dir: Path, *, mode: str, steps: int) -> list[C
         *check_lora(probe, last),
         check_formats_agree(probe, last, comfy),
         check_merged(probe, merged, [(half, 0.5), (last, 0.5)]),
-        *check_outputs(_videos(output_dir / "generated"), frames=FRAMES, sound=mode == "av"),
+        *check_outputs(
+            generated,
+            count=len(load_prompts(assets.prompts)),
+            frames=0 if mode == "audio" else FRAMES,
+            sound=mode != "video",
+        ),
     ]
 
 
-def _videos(folder: Path) -> list[Path]:
-    """The finished videos: with sound where there is a version with sound."""
-    found = sorted(folder.glob("*.mp4"))
-    with_sound = [p for p in found if p.stem.endswith("_av")]
-    return with_sound or found
+def _results(folder: Path, since: float) -> list[Path]:
+    """The files of this run: videos with sound, else videos, else sounds."""
+    found = [p for p in sorted(folder.glob("*.*")) if p.stat().st_mtime >= since - _CLOCK_SECONDS]
+    videos = [p for p in found if p.suffix == ".mp4"]
+    return [p for p in videos if p.stem.endswith("_av")] or videos or [p for p in found if p.suffix == ".wav"]
+
+
+def _clips(folder: Path) -> list[Sample]:
+    clips = sorted(folder.glob("*.mp4"))
+    return [Sample(p, p.with_suffix(".txt").read_text(encoding="utf-8").strip()) for p in clips]
 
 
 def _report(
-    output_dir: Path, checks: Sequence[Check], done: Sequence[Step], *, version: str, mode: str, steps: int
+    output_dir: Path,
+    checks: Sequence[Check],
+    samples: Mapping[str, Sequence[Sample]],
+    done: Sequence[Step],
+    *,
+    version: str,
+    mode: str,
+    steps: int,
 ) -> Report:
-    previews = _videos(output_dir / "lora" / "sample") or sorted((output_dir / "lora" / "sample").glob("*.wav"))
-    generated = _videos(output_dir / "generated") or sorted((output_dir / "generated").glob("*.wav"))
-    sources = sorted((output_dir / "videos").glob("*.mp4"))
     seconds = sum(s.seconds for s in done)
     return Report(
         title=f"LTX-{version} demo, mode {mode}",
@@ -203,11 +232,7 @@ def _report(
         ),
         checks=checks,
         curves=_loss_curves(output_dir / "logs"),
-        samples={
-            "Training clips": [Sample(p, p.with_suffix(".txt").read_text(encoding="utf-8").strip()) for p in sources],
-            "Previews during training": _previews(previews),
-            "Generated with the merged LoRA": [Sample(p, f"prompt {i}") for i, p in enumerate(generated)],
-        },
+        samples=samples,
         settings={
             "version": version,
             "mode": mode,

@@ -176,7 +176,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a cache of sample prompts; {_REBUILD}")
     if content.get("version") != _VERSION:
         raise UserError(f"{path}: has version {content.get('version')}, expected {_VERSION}; {_REBUILD}")
+    if not all(_is_entry(entry) for entry in content["prompt_cache"]):
+        raise UserError(f"{path}: has entries without a prompt and its embeddings; {_REBUILD}")
     return content
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    return isinstance(entry.get("prompt"), str) and isinstance(entry.get("prompt_embeds"), Tensor)
 
 
 def _packed(embeds: TextEmbeds, name: str) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ def _full(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:
         "mixed_precision": facts.mixed_precision,
         "seed": facts.seed,
         "training_comment": config.network.training_comment,
+        "guidance_scale": config.preview.guidance_scale,
         "loss_type": config.loss.loss_type,
         "timestep_sampling": timestep.timestep_sampling,
         "logit_mean": timestep.logit_mean,

@@ -8,12 +8,13 @@ import os
 import secrets
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.av import AV
@@ -25,7 +26,6 @@ from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_logit_mode
 from musubi_tuner.models.checkpoint import Checkpoint
-from musubi_tuner.models.ltx2.keys import owner
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 from musubi_tuner.networks.param_groups import param_groups
@@ -47,6 +47,8 @@ from .version import resolve_version
 logger = logging.getLogger(__name__)
 
 
+# The other processes wait in the next step while the first one renders previews and saves.
+_PATIENCE = timedelta(hours=2)
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -208,6 +210,7 @@ def _compute(config: TrainNetworkConfig) -> Compute:
         mixed_precision="no",  # dtypes are set here, tensor by tensor; autocast would only add casts
         log_with=tracker_names(config.tracking) or None,
         project_dir=log_folder(config.tracking),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise UserError(
@@ -253,15 +256,6 @@ def _model(
     if settings.network_weights is not None:
         network.load_weights(settings.network_weights)
     network.train()
-    idle = [name for name in network.modules_by_name if mode != "av" and owner(name) != mode]
-    if idle:
-        logger.warning(
-            "mode %s: %d adapted modules are no part of the %s stream (such as %s) and stay as they are",
-            mode,
-            len(idle),
-            mode,
-            idle[0],
-        )
     return transformer, network
 
 
@@ -399,6 +393,7 @@ def _report_plan(
     loop: LoopSettings,
 ) -> None:
     base_bytes = sum(p.numel() * p.element_size() for p in transformer.parameters())
+    rate = config.optimizer.learning_rate
     log_training_plan(
         network,
         mode=config.checkpoint.ltx2_mode,
@@ -406,10 +401,11 @@ def _report_plan(
             "model": f"LTX-{facts.version}, {config.checkpoint.ltx2_mode}, {format_bytes(base_bytes)} frozen",
             "precision": facts.mixed_precision,
             "optimizer": facts.optimizer.partition("(")[0],
-            "learning rate": f"{config.optimizer.learning_rate:g}, {loop.lr_scheduler}, {facts.warmup_steps} warm-up steps",
+            "learning rate": f"{rate:g}, {loop.lr_scheduler}, {facts.warmup_steps} warm-up steps",
             "items": facts.num_items,
             "batches an epoch": facts.batches_per_epoch,
-            "steps": f"{facts.max_train_steps} of {loop.accumulation} x {loop.world_size} batches, {facts.num_epochs} epochs",
+            "steps": f"{facts.max_train_steps} of {loop.accumulation} x {loop.world_size} batches",
+            "epochs": facts.num_epochs,
             "seed": facts.seed,
         },
     )

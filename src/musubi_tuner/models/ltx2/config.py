@@ -112,7 +112,7 @@ class TransformerConfig:
         """Read the configuration of a checkpoint.
 
         Args:
-            section: ``config.transformer`` of the file's metadata, None when the file has none.
+            section: ``config.transformer`` of the file's metadata, None or empty when the file has none.
             tensors: every key of the file and its shape. They decide everything that a shape shows where
                 there is no metadata, and the channel counts that the metadata leaves out.
 
@@ -121,7 +121,7 @@ class TransformerConfig:
         """
         names = transformer_keys(tensors)
         shapes = {name: tuple(tensors[key]) for name, key in names.items()}
-        if section is None:
+        if not section:
             return TransformerConfig(**_from_shapes(shapes))
         _refuse_unsupported(section)
         known = {f.name: section[f.name] for f in fields(TransformerConfig) if section.get(f.name) is not None}

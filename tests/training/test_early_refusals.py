@@ -1,0 +1,35 @@
+"""Flags that name what does not exist are refused before anything is read, let alone a model loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from musubi_tuner.ltx2_train_network import main as train
+
+REFUSED = {
+    "schedule": (["--lr_scheduler", "cosin"], "did you mean 'cosine'"),
+    "floor": (["--lr_scheduler", "cosine_with_min_lr"], "--lr_scheduler_min_lr_ratio"),
+    "optimizer": (["--optimizer_type", "AdamWW"], "torch.optim has no class AdamWW"),
+    "network option": (["--network_args", "loraplus"], "expected key=value, got 'loraplus'"),
+    "rotation": (["--save_every_n_steps", "5", "--save_last_n_steps", "0"], "--save_last_n_steps: expected at least 1"),
+}
+
+
+@pytest.mark.parametrize(("flags", "expected"), REFUSED.values(), ids=REFUSED)
+def test_refused_before_the_checkpoint_is_opened(tmp_path: Path, capsys, flags: list[str], expected: str):
+    for name in ("model.safetensors", "data.toml"):
+        (tmp_path / name).write_text("not read", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        train(
+            [
+                *("--ltx2_checkpoint", str(tmp_path / "model.safetensors")),
+                *("--dataset_config", str(tmp_path / "data.toml"), "--output_dir", str(tmp_path / "out"), *flags),
+            ]
+        )
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,75 @@
+"""Continuing from a state folder."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+
+from .state import Progress, find_latest_state, read_progress, restore_network, restore_optimizer
+from .trainer import LoopSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A state folder that has been read but not yet applied."""
+
+    folder: Path
+    progress: Progress
+    settings: dict[str, Any]
+    optimizer: dict[str, Any]
+
+    def restore(
+        self,
+        network: LoRANetwork,
+        optimizer: torch.optim.Optimizer,
+        names: list[str],
+        settings: dict[str, Any],
+    ) -> None:
+        """Put weights and optimizer back.
+
+        Raises:
+            UserError: the state was made with settings that differ where they must not.
+        """
+        different = [f"{k} {self.settings.get(k)} (now {v})" for k, v in settings.items() if self.settings.get(k) != v]
+        if different:
+            raise UserError(
+                f"{self.folder}: was saved with {'; '.join(different)}; resume with the same values, or start a new "
+                "run from the LoRA with --network_weights"
+            )
+        restore_network(self.folder, network)
+        restore_optimizer(self.folder, self.optimizer, optimizer, names)
+        logger.info("resumed from %s at step %d", self.folder, self.progress.global_step)
+
+
+def find_resumed(config: TrainNetworkConfig) -> Resumed | None:
+    folder = config.save.resume
+    if folder is None and config.save.autoresume:
+        folder = find_latest_state(config.save.output_dir, config.save.output_name)
+        if folder is None:
+            logger.info("--autoresume: no state in %s, starting from scratch", config.save.output_dir)
+    if folder is None:
+        return None
+    progress, settings, optimizer = read_progress(folder)
+    return Resumed(folder, progress, settings, optimizer)
+
+
+def resume_settings(config: TrainNetworkConfig, loop: LoopSettings) -> dict[str, Any]:
+    """What must not change between saving and resuming."""
+    return {
+        "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint.name,
+        "ltx2_mode": config.checkpoint.ltx2_mode,
+        "optimizer_type": config.optimizer.optimizer_type.lower(),
+        "gradient_accumulation_steps": loop.accumulation,
+        "network_module": config.network.network_module,
+        "processes": loop.world_size,
+    }

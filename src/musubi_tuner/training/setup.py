@@ -1,0 +1,212 @@
+"""The parts of a run, made from its flags."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+from musubi_tuner.assembly.transformer import assemble_transformer
+from musubi_tuner.common.av import AV
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.seeding import derive_seed
+from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
+from musubi_tuner.dataset.loader import BatchLoader
+from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_logit_mode
+from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+from musubi_tuner.networks.param_groups import param_groups
+from musubi_tuner.networks.resolve import resolve_network_module
+
+from .lr_schedulers import ScheduleSettings, lr_factor, resolve_steps
+from .optimizers import create_optimizer, optimizer_class
+from .state import Progress
+from .step import TaskSettings
+from .tracking import log_folder, tracker_names
+from .trainer import LoopSettings
+
+logger = logging.getLogger(__name__)
+
+
+# The other processes wait in the next step while the first one renders previews and saves.
+_PATIENCE = timedelta(hours=2)
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in what dtype the run computes."""
+
+    accelerator: Accelerator
+    device: torch.device
+    dtype: torch.dtype
+    mixed_precision: str
+
+
+def make_compute(config: TrainNetworkConfig) -> Compute:
+    precision = config.precision.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision is None:
+        precision = "bf16" if torch.cuda.is_available() else "no"
+        logger.info("--mixed_precision not given: using %s", precision)
+    if precision not in _DTYPES:
+        raise UserError(f"mixed precision {precision!r}: expected one of {', '.join(_DTYPES)}; use --mixed_precision")
+    accelerator = Accelerator(
+        mixed_precision="no",  # dtypes are set here, tensor by tensor; autocast would only add casts
+        log_with=tracker_names(config.tracking) or None,
+        project_dir=log_folder(config.tracking),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+    )
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, which this trainer does not support; run "
+            "accelerate config again, or accelerate launch --multi_gpu"
+        )
+    return Compute(accelerator, accelerator.device, _DTYPES[precision], precision)
+
+
+def network_options(config: TrainNetworkConfig) -> dict[str, str]:
+    options = {"lora_target_preset": config.network.lora_target_preset}
+    for text in config.network.network_args:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--network_args: expected key=value, got {text!r}")
+        options[key.strip()] = value
+    return options
+
+
+def load_model(
+    config: TrainNetworkConfig, checkpoint: Checkpoint, compute: Compute, seed: int
+) -> tuple[LTX2Transformer, LoRANetwork]:
+    settings = config.network
+    module = resolve_network_module(settings.network_module)
+
+    def make(transformer: LTX2Transformer) -> LoRANetwork:
+        return module.create_network(
+            1.0,
+            settings.network_dim,
+            settings.network_alpha,
+            transformer,
+            dropout=settings.network_dropout,
+            **network_options(config),
+        )
+
+    mode = config.checkpoint.ltx2_mode
+    streams = mode
+    if mode == "audio" and not config.version.ltx2_audio_only_model:
+        streams = "av"
+        logger.info(
+            "mode audio with the whole transformer: modules of the attention between the streams get no gradient, "
+            "since there is no video; --ltx2_audio_only_model leaves them out and loads a sixth of the weights"
+        )
+    torch.manual_seed(derive_seed(seed, "network"))  # the LoRA starts at random values
+    transformer, network = assemble_transformer(
+        checkpoint,
+        streams=streams,
+        dtype=compute.dtype,
+        device=compute.device,
+        network=make,
+        gradient_checkpointing=config.memory.gradient_checkpointing,
+    )
+    if settings.network_weights is not None:
+        network.load_weights(settings.network_weights)
+    network.train()
+    return transformer, network
+
+
+def make_optimizer(config: TrainNetworkConfig, network: LoRANetwork) -> torch.optim.Optimizer:
+    settings = config.optimizer
+    groups = param_groups(
+        network,
+        settings.learning_rate,
+        settings.audio_lr,
+        settings.lr_args,
+        loraplus_lr_ratio=network.args.loraplus_lr_ratio,
+    )
+    return create_optimizer(settings.optimizer_type, groups, settings.optimizer_args)
+
+
+def parameter_names(network: LoRANetwork, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimizer's parameters, in the order of its groups."""
+    names = {id(p): n for n, p in network.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def loop_settings(
+    config: TrainNetworkConfig, loader: BatchLoader, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> LoopSettings:
+    settings = config.optimizer
+    world = accelerator.num_processes
+    updates = math.ceil(loader.batches_per_epoch(world) / settings.gradient_accumulation_steps)
+    total = settings.max_train_steps
+    if settings.max_train_epochs is not None:
+        total = settings.max_train_epochs * updates
+    return LoopSettings(
+        total_steps=total,
+        accumulation=settings.gradient_accumulation_steps,
+        max_grad_norm=settings.max_grad_norm,
+        lr_scheduler=settings.lr_scheduler,
+        schedule=ScheduleSettings(
+            total_steps=total,
+            warmup_steps=resolve_steps(settings.lr_warmup_steps, total),
+            num_cycles=settings.lr_scheduler_num_cycles,
+            min_lr_ratio=settings.lr_scheduler_min_lr_ratio,
+        ),
+        # Taken before a resumed state overwrites them: the flags of this run rule.
+        base_lrs=tuple(group["lr"] for group in optimizer.param_groups),
+        rank=accelerator.process_index,
+        world_size=world,
+    )
+
+
+def task_settings(config: TrainNetworkConfig, version: str, compute: Compute, seed: int) -> TaskSettings:
+    timestep, loss = config.timestep, config.loss
+    resolution = config.data.audio_only_sequence_resolution
+    sampler = NoiseLevelSampler(
+        sampling=timestep.timestep_sampling,
+        shifted_logit_mode=timestep.shifted_logit_mode or default_shifted_logit_mode(version),
+        mean=timestep.logit_mean,
+        std=timestep.logit_std,
+        eps=timestep.shifted_logit_eps,
+        uniform_prob=timestep.shifted_logit_uniform_prob,
+        shift=timestep.shifted_logit_shift,
+        min_sigma=(timestep.min_timestep or 0) / 1000,
+        max_sigma=(1000 if timestep.max_timestep is None else timestep.max_timestep) / 1000,
+    )
+    return TaskSettings(
+        sampler=sampler,
+        seed=seed,
+        device=compute.device,
+        dtype=compute.dtype,
+        loss_type=loss.loss_type,
+        huber_delta=loss.huber_delta,
+        weights=AV(video=loss.video_loss_weight, audio=loss.audio_loss_weight),
+        first_frame_p=loss.ltx2_first_frame_conditioning_p,
+        caption_dropout_rate=loss.caption_dropout_rate,
+        independent_audio_timestep=timestep.independent_audio_timestep,
+        audio_only_side=max(resolution // SPATIAL_STRIDE, 1) if resolution else None,
+    )
+
+
+def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | None:
+    if compute.mixed_precision != "fp16":
+        return None
+    scaler = torch.amp.GradScaler(compute.device.type)
+    if progress.scaler:
+        scaler.load_state_dict(progress.scaler)
+    return scaler
+
+
+def check_choices(config: TrainNetworkConfig) -> None:
+    """Raise UserError for a wrong optimizer, schedule or network option before anything is loaded."""
+    settings = config.optimizer
+    optimizer_class(settings.optimizer_type)
+    lr_factor(settings.lr_scheduler, 0, ScheduleSettings(1, min_lr_ratio=settings.lr_scheduler_min_lr_ratio))
+    network_options(config)

@@ -15,7 +15,8 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.demo.gemma import write_gemma
 from musubi_tuner.models.checkpoint import Checkpoint
-from musubi_tuner.models.gemma import language_model_name, load_gemma
+from musubi_tuner.models.gemma import load_gemma
+from musubi_tuner.models.gemma_parts import language_model_name
 from musubi_tuner.models.gemma_single_file import Fp8Linear, _config_from_shapes
 from musubi_tuner.models.text_encoder import load_text_encoder
 

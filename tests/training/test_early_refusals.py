@@ -33,3 +33,15 @@ def test_refused_before_the_checkpoint_is_opened(tmp_path: Path, capsys, flags: 
     assert expected in message
     assert "Traceback" not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_network_weights_file_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "lora.safetensors").write_bytes(b"no lora")
+    (tmp_path / "data.toml").write_text("", encoding="utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"never opened")
+    argv = ["--network_weights", str(tmp_path / "lora.safetensors"), "--dataset_config", str(tmp_path / "data.toml")]
+    argv += ["--ltx2_checkpoint", str(tmp_path / "model.safetensors"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        train(argv)
+    assert stop.value.code == 2
+    assert "lora.safetensors" in capsys.readouterr().err

@@ -260,7 +260,7 @@ class _DatasetRun:
         assert name is not None
         self.produced.add(name)
         if isinstance(result, _Current):
-            self._count_current(result, item)
+            self._count_current(result, item, name.base)
         else:
             self.summary.count_reasons(result.reasons)
             for jobs in self.groups.add(result):
@@ -268,7 +268,7 @@ class _DatasetRun:
         clip = split_clip_base(name.base)
         return {clip[2]} if clip and item.kind == "video" else set()
 
-    def _count_current(self, result: _Current, item: SourceItem) -> None:
+    def _count_current(self, result: _Current, item: SourceItem, base: str) -> None:
         label = self.entry.label
         if item.kind != "audio":
             self.summary.tally(label, item.kind).current += 1
@@ -276,7 +276,7 @@ class _DatasetRun:
             tally = self.summary.tally(label, "audio")
             if result.silent:
                 tally.no_audio += 1
-                self.summary.silent.append(item.path.name)
+                self.summary.silent.append(base)
                 self._drop_old_sound(result.outputs)
             else:
                 tally.current += 1

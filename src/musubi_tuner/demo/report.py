@@ -11,6 +11,7 @@ from pathlib import Path
 
 from musubi_tuner.common.atomic import write_text
 
+_STYLE = Path(__file__).with_name("report.css")
 _TYPES = {".mp4": "video/mp4", ".png": "image/png", ".wav": "audio/wav"}
 
 
@@ -72,7 +73,7 @@ def write_report(report: Report, path: Path) -> None:
         path,
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(report.title)}</title><style>{_STYLE}</style></head><body><main>"
+        f"<title>{html.escape(report.title)}</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head><body><main>"
         f"<h1>{html.escape(report.title)}</h1><p class='lead'>{html.escape(report.summary)}</p>"
         + "".join(sections)
         + "<footer>Clips: Big Buck Bunny, (c) Blender Foundation, bigbuckbunny.org, CC BY 3.0.</footer>"
@@ -180,30 +181,3 @@ def _ticks(low: float, high: float) -> list[float]:
     first = math.floor(low / step)
     last = math.ceil(high / step)
     return [round(i * step, 10) for i in range(first, last + 1)]
-
-
-_STYLE = """
-:root{color-scheme:light dark;--fg:#1f2937;--dim:#6b7280;--bg:#f8fafc;--card:#fff;--line:#e5e7eb}
-@media(prefers-color-scheme:dark){:root{--fg:#e5e7eb;--dim:#9ca3af;--bg:#0f172a;--card:#1e293b;--line:#334155}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:32px 20px}
-h1{margin:0 0 4px;font-size:28px}h2{font-size:19px;margin:0 0 12px}h3{font-size:15px;margin:14px 0 4px}
-.lead,small,footer,figcaption{color:var(--dim)}
-section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px;margin:18px 0}
-.checks{list-style:none;margin:0;padding:0}
-.checks li{display:flex;gap:12px;align-items:baseline;padding:4px 0}
-.checks b{font-size:12px;padding:1px 8px;border-radius:99px;color:#fff;background:#059669}
-.checks .bad b{background:#dc2626}.checks small{display:block}
-.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:16px}
-figure{margin:0}video,img{width:100%;border-radius:8px;background:#000}audio{width:100%}
-figcaption{font-size:14px}
-.chart{margin-bottom:14px}.chart em{font-style:normal;float:right}
-.chart i{display:inline-block;width:10px;height:10px;border-radius:3px;margin:0 5px 0 14px}
-svg{width:100%;height:auto}svg line{stroke:var(--line)}
-svg text{fill:var(--dim);font-size:11px}svg polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
-pre{background:var(--bg);border:1px solid var(--line);border-radius:8px;padding:10px;overflow-x:auto;font-size:13px;white-space:pre-wrap;margin:4px 0}
-table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:4px 10px 4px 0;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:500;color:var(--dim);white-space:nowrap;width:1%}
-footer{font-size:13px;margin-top:24px}
-"""

@@ -19,7 +19,7 @@ from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo
 
 from .checkpoint import parse_metadata
 from .component_loading import fill
-from .gemma import build_text_model, language_model_name, load_tokenizer
+from .gemma_parts import build_text_model, language_model_name, load_tokenizer
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = (".weight_scale", ".scale_weight")

@@ -22,6 +22,7 @@ from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_logit_mode
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 from musubi_tuner.networks.param_groups import param_groups
 from musubi_tuner.networks.resolve import resolve_network_module
@@ -205,8 +206,10 @@ def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | 
 
 
 def check_choices(config: TrainNetworkConfig) -> None:
-    """Raise UserError for a wrong optimizer, schedule or network option before anything is loaded."""
+    """Raise UserError for a wrong optimizer, schedule, network option or LoRA file before anything is loaded."""
     settings = config.optimizer
     optimizer_class(settings.optimizer_type)
     lr_factor(settings.lr_scheduler, 0, ScheduleSettings(1, min_lr_ratio=settings.lr_scheduler_min_lr_ratio))
     network_options(config)
+    if config.network.network_weights is not None:
+        LoraReader(config.network.network_weights)  # says what is wrong with the file

@@ -90,7 +90,7 @@ def write_synthetic(path: Path, size: float) -> None:
 
 
 def load_ours(path: Path) -> int:
-    model = load_transformer(Checkpoint.open(path), mode="video", dtype=torch.bfloat16, device="cpu", progress=False)
+    model = load_transformer(Checkpoint.open(path), mode="video", dtype=torch.bfloat16, device="cpu")
     return sum(p.nbytes for p in model.parameters())
 
 

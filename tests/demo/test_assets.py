@@ -106,7 +106,7 @@ def test_the_transformer_can_be_trained(assets):
     """The base already points the right way, and no parameter of a block is cut off from the loss."""
     _, paths = assets
     checkpoint = Checkpoint.open(paths.checkpoint)
-    model = load_transformer(checkpoint, mode="av", dtype=torch.float32, device="cpu", progress=False)
+    model = load_transformer(checkpoint, mode="av", dtype=torch.float32, device="cpu")
     generator = torch.Generator().manual_seed(0)
     clean = AV(
         video=patchify_video(torch.randn(1, 128, 2, 2, 3, generator=generator)),

@@ -58,7 +58,7 @@ def checkpoint(assets, version) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def transformer(checkpoint):
-    return load_transformer(checkpoint, mode="av", dtype=torch.float32, device="cpu", progress=False)
+    return load_transformer(checkpoint, mode="av", dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_lora_of_another_version_is_found_before_a_model_is_loaded(assets, tmp_p
     files = {}
     for version in ("2.0", "2.3"):
         model = load_transformer(Checkpoint.open(assets / f"{version}.safetensors"), mode="video",
-                                 dtype=torch.float32, device="cpu", progress=False)  # fmt: skip
+                                 dtype=torch.float32, device="cpu")  # fmt: skip
         files[version] = tmp_path / f"lora {version}.safetensors"
         network = create_network(1.0, 2, 1.0, model, lora_target_preset="full")
         network.save_weights(files[version], metadata={"ss_ltx_version": version})

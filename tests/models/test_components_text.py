@@ -16,7 +16,7 @@ from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.demo.gemma import write_gemma
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.gemma import load_gemma
-from musubi_tuner.models.gemma_parts import language_model_name
+from musubi_tuner.models.gemma_parts import language_model_name, load_tokenizer
 from musubi_tuner.models.gemma_single_file import Fp8Linear, _config_from_shapes
 from musubi_tuner.models.text_encoder import load_text_encoder
 
@@ -218,3 +218,9 @@ def test_another_gemma_is_told(folder, checkpoint, tmp_path):
 def test_options_that_cannot_work_are_told(folder, checkpoint, options, message):
     with pytest.raises(UserError, match=message):
         load_text_encoder(checkpoint, **{"gemma_root": folder, "dtype": torch.float32, **options})
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer.json: not a readable tokenizer"):
+        load_tokenizer(tmp_path)

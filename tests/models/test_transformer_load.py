@@ -36,7 +36,7 @@ def write(tmp_path):
 
 
 def load(checkpoint, mode="av", dtype=torch.float32):
-    return load_transformer(checkpoint, mode=mode, dtype=dtype, device="cpu", progress=False)
+    return load_transformer(checkpoint, mode=mode, dtype=dtype, device="cpu")
 
 
 @pytest.mark.parametrize("mode", ["av", "video", "audio"])

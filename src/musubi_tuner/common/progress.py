@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -33,3 +33,20 @@ def progress(
         smoothing=0.05,
         disable=int(os.environ.get("RANK", "0")) != 0,
     )
+
+
+def bytes_progress(
+    tensors: Iterable[tuple[str, T]], sizes: Mapping[str, int], *, desc: str, least: int = 2**28
+) -> Iterator[tuple[str, T]]:
+    """Pass (key, value) pairs on under a bar in bytes; ``sizes`` are those of the keys in the file.
+
+    Less than ``least`` bytes are read in a moment and get no bar.
+    """
+    total = sum(sizes.values())
+    if total < least:
+        yield from tensors
+        return
+    with progress(total=total, desc=desc, unit="B", unit_scale=True) as bar:
+        for key, value in tensors:
+            yield key, value
+            bar.update(sizes[key])

@@ -16,7 +16,7 @@ class DemoGroup:
     output_dir: Path = flag(Path("demo_output"), "folder of everything the demo writes")
     ltx_version: Version = flag("2.3", "version of the tiny model")
     ltx2_mode: Mode = flag("av", "what is trained", aliases=["ltx_mode"], values=MODE_SHORT_FORMS)
-    max_train_steps: int = flag(150, "training steps")
+    max_train_steps: int = flag(300, "training steps")
     assets_only: bool = flag(False, "write the tiny model and the dataset, and stop")
 
 

@@ -37,7 +37,7 @@ class Probe:
 
     @staticmethod
     def make(checkpoint: Checkpoint, loader: BatchLoader, mode: str) -> Probe:
-        transformer = load_transformer(checkpoint, mode=mode, dtype=torch.float32, device="cpu", progress=False)
+        transformer = load_transformer(checkpoint, mode=mode, dtype=torch.float32, device="cpu")
         sampler = NoiseLevelSampler(shifted_logit_mode=default_shifted_logit_mode(checkpoint.version))
         settings = TaskSettings(sampler, seed=_NOISE_SEED, device=torch.device("cpu"), dtype=torch.float32)
         blocks = len(transformer.transformer_blocks)

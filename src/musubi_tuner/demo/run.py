@@ -34,7 +34,12 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[3]  # of the repository; the scripts a user calls lie there
 NAME = "demo_lora"
 FRAMES, WIDTH, HEIGHT = 17, 192, 128
-LEARNING_RATE, RANK, SEED = 2e-3, 8, 42
+LEARNING_RATE, RANK, SEED = 2e-3, 16, 42
+# All that accelerate would otherwise warn about having to assume.
+_LAUNCH = (
+    *("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    *("--num_cpu_threads_per_process", "2"),
+)
 _CLOCK_SECONDS = 2.0  # what the time stamps of a file system may lag behind the clock
 
 
@@ -49,14 +54,14 @@ class Command:
 
     @property
     def shown(self) -> str:
-        start = "accelerate launch --num_cpu_threads_per_process 2" if self.launched else "python"
+        start = " ".join(["accelerate launch", *_LAUNCH]) if self.launched else "python"
         script = self.script if Path.cwd() == ROOT else str(ROOT / self.script)
         quoted = (f'"{a}"' if " " in a else a for a in (script, *self.arguments))
         return f"{start} {' '.join(quoted)}"
 
     @property
     def argv(self) -> list[str]:
-        launch = ["-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "2"] if self.launched else []
+        launch = ["-m", "accelerate.commands.launch", *_LAUNCH] if self.launched else []
         return [sys.executable, *launch, str(ROOT / self.script), *self.arguments]
 
 

@@ -235,8 +235,8 @@ def load_audio_vae(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.
         if (new := audio_vae_name(name)) is not None
     }
     statistics = {name: renamed.pop(name) for name in _STATISTICS.values() if name in renamed}
-    tensors = dict(read_renamed(checkpoint, renamed, dtype=dtype, device=device))
-    tensors |= read_renamed(checkpoint, statistics, dtype=torch.float32, device=device)
+    tensors = dict(read_renamed(checkpoint, renamed, dtype=dtype, device=device, desc="audio VAE"))
+    tensors |= read_renamed(checkpoint, statistics, dtype=torch.float32, device=device, desc="audio VAE")
     return AudioVAE(fill(vae, tensors.items(), source=f"{checkpoint.path}: audio VAE", device=device))
 
 
@@ -350,5 +350,5 @@ def load_vocoder(checkpoint: Checkpoint, *, device: torch.device | str = "cpu") 
     cls = LTX2VocoderWithBWE if "bwe" in section else LTX2Vocoder
     vocoder = build_empty(lambda: cls(**config))
     renamed = {vocoder_name(name): key for name, key in keys.items()}
-    tensors = read_renamed(checkpoint, renamed, dtype=torch.float32, device=device)
+    tensors = read_renamed(checkpoint, renamed, dtype=torch.float32, device=device, desc="vocoder")
     return Vocoder(fill(vocoder, tensors, source=f"{checkpoint.path}: vocoder", device=device))

@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.progress import bytes_progress
 
 from .checkpoint import Checkpoint
 
@@ -56,10 +57,13 @@ def read_renamed(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    desc: str,
 ) -> Iterator[tuple[str, Tensor]]:
     """Read the file keys ``names.values()`` and yield them under the module names ``names.keys()``."""
     module_name = {key: name for name, key in names.items()}
-    for key, tensor in checkpoint.read(module_name, device=device, dtype=dtype):
+    sizes = {key: checkpoint.tensors[key].nbytes for key in module_name}
+    tensors = checkpoint.read(module_name, device=device, dtype=dtype)
+    for key, tensor in bytes_progress(tensors, sizes, desc=desc):
         yield module_name[key], tensor
 
 
@@ -78,7 +82,7 @@ def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sou
         problems.append(f"{len(wrong)} of another shape ({_some(wrong)})")
     if problems:
         raise UserError(
-            f"{source}: its tensors do not fit the configuration in its metadata: {'; '.join(problems)}; "
+            f"{source}: its tensors do not fit its configuration: {'; '.join(problems)}; "
             "the file is damaged or of an unsupported version"
         )
 

@@ -192,5 +192,5 @@ def load_connectors(
     config = connectors_config(checkpoint.config.get("transformer", {}), tensors, hidden_size=hidden_size)
     module = build_empty(lambda: LTX2TextConnectors(**config))
     renamed = {connectors_name(name): key for name, key in keys.items()}
-    weights = read_renamed(checkpoint, renamed, dtype=dtype, device=device)
+    weights = read_renamed(checkpoint, renamed, dtype=dtype, device=device, desc="text connectors")
     return Connectors(fill(module, weights, source=f"{checkpoint.path}: text connectors", device=device))

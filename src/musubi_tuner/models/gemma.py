@@ -19,6 +19,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.progress import bytes_progress
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 
 from .component_loading import fill
@@ -183,7 +184,9 @@ def _read_language_model(
 ) -> Iterator[tuple[str, Tensor]]:
     for shard in shards:
         names = {key: name for key in shard.tensors if (name := language_model_name(key)) is not None}
-        for key, tensor in shard.read(names, device=device, dtype=dtype):
+        sizes = {key: shard.tensors[key].nbytes for key in names}
+        tensors = shard.read(names, device=device, dtype=dtype)
+        for key, tensor in bytes_progress(tensors, sizes, desc=f"Gemma, {shard.path.name}"):
             yield names[key], tensor
 
 

@@ -30,12 +30,17 @@ def load_tokenizer(root: Path) -> Tokenizer:
     """The tokenizer at or below ``root``.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged.
     """
     for name in ("tokenizer.json", "tokenizer.model"):
         if root.is_dir() and any(root.rglob(name)):
             folder = _find_folder(root, name, "a tokenizer", False)
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            try:
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except Exception as error:  # the tokenizer libraries raise all kinds
+                raise UserError(
+                    f"{folder / name}: not a readable tokenizer ({type(error).__name__}: {error}); download it again"
+                ) from error
     raise UserError(f"{root} has no tokenizer (tokenizer.json or tokenizer.model); give a complete Gemma folder")
 
 

@@ -202,6 +202,6 @@ def load_video_vae(
     renamed = {new: key for name, key in names.items() if (new := to_diffusers_name(name, config)) is not None}
     # Statistics stay fp32: they are tiny, and fp16 would round them.
     statistics = {name: renamed.pop(name) for name in ("latents_mean", "latents_std") if name in renamed}
-    tensors = dict(read_renamed(checkpoint, renamed, dtype=dtype, device=device))
-    tensors |= read_renamed(checkpoint, statistics, dtype=torch.float32, device=device)
+    tensors = dict(read_renamed(checkpoint, renamed, dtype=dtype, device=device, desc="video VAE"))
+    tensors |= read_renamed(checkpoint, statistics, dtype=torch.float32, device=device, desc="video VAE")
     return VideoVAE(fill(vae, tensors.items(), source=f"{checkpoint.path}: video VAE", device=device))

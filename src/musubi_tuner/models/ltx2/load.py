@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.common.progress import progress as progress_bar
+from musubi_tuner.common.progress import bytes_progress
 
 from .config import Mode, TransformerConfig
 from .keys import in_mode, transformer_keys
@@ -34,7 +34,6 @@ def load_transformer(
     mode: Mode,
     dtype: torch.dtype,
     device: torch.device | str,
-    progress: bool = True,
 ) -> LTX2Transformer:
     """Load the frozen transformer, or the stream of it that ``mode`` asks for.
 
@@ -51,14 +50,10 @@ def load_transformer(
     _check_tensors(model, {name: shapes[key] for name, key in keys.items()}, source=str(checkpoint.path))
 
     names = {key: name for name, key in keys.items()}
-    total = sum(checkpoint.tensors[key].nbytes for key in names)
-    bar = progress_bar(total=total, desc="transformer", unit="B", unit_scale=True) if progress else None
-    for key, tensor in checkpoint.read(list(names), device=device, dtype=dtype):
+    sizes = {key: checkpoint.tensors[key].nbytes for key in names}
+    tensors = checkpoint.read(list(names), device=device, dtype=dtype)
+    for key, tensor in bytes_progress(tensors, sizes, desc="transformer"):
         assign_parameter(model, names[key], tensor)
-        if bar is not None:
-            bar.update(checkpoint.tensors[key].nbytes)
-    if bar is not None:
-        bar.close()
     assert_complete(model)
     return model
 

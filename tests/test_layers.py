@@ -21,7 +21,7 @@ LAYERS = [
     ["conditioning", "regularizers"],
     ["assembly"],
     ["caching", "generation"],
-    ["training"],
+    ["inspection", "training"],
     ["demo", "cli"],
     ["entries"],
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import math
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musubi_tuner.common.atomic import write_text
+from musubi_tuner.common.web_page import data_uri, section, web_page
 
 _STYLE = Path(__file__).with_name("report.css")
+_FOOTER = "Clips: Big Buck Bunny, (c) Blender Foundation, bigbuckbunny.org, CC BY 3.0."
 _TYPES = {".mp4": "video/mp4", ".png": "image/png", ".wav": "audio/wav"}
 
 
@@ -63,26 +64,15 @@ class Report:
 def write_report(report: Report, path: Path) -> None:
     """Write the page; videos and sounds are embedded."""
     sections = [
-        _section("Checks", _checks(report.checks)),
-        _section("Loss", "".join(_chart(title, curves) for title, curves in report.curves.items())),
-        *(_section(heading, _gallery(samples)) for heading, samples in report.samples.items() if samples),
-        _section("Commands", _commands(report.steps)),
-        _section("Settings", _settings(report.settings)),
+        section("Checks", _checks(report.checks)),
+        section("Loss", "".join(_chart(title, curves) for title, curves in report.curves.items())),
+        *(section(heading, _gallery(samples)) for heading, samples in report.samples.items() if samples),
+        section("Commands", _commands(report.steps)),
+        section("Settings", _settings(report.settings)),
     ]
-    write_text(
-        path,
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(report.title)}</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head><body><main>"
-        f"<h1>{html.escape(report.title)}</h1><p class='lead'>{html.escape(report.summary)}</p>"
-        + "".join(sections)
-        + "<footer>Clips: Big Buck Bunny, (c) Blender Foundation, bigbuckbunny.org, CC BY 3.0.</footer>"
-        "</main></body></html>\n",
-    )
-
-
-def _section(heading: str, body: str) -> str:
-    return f"<section><h2>{html.escape(heading)}</h2>{body}</section>"
+    style = _STYLE.read_text(encoding="utf-8")
+    body = f"{''.join(sections)}<footer>{_FOOTER}</footer>"
+    write_text(path, web_page(report.title, report.summary, body, style=style))
 
 
 def _checks(checks: Sequence[Check]) -> str:
@@ -100,7 +90,7 @@ def _gallery(samples: Sequence[Sample]) -> str:
 
 def _figure(sample: Sample) -> str:
     kind = _TYPES[sample.path.suffix]
-    data = f"data:{kind};base64,{base64.b64encode(sample.path.read_bytes()).decode('ascii')}"
+    data = data_uri(kind, sample.path.read_bytes())
     if kind.startswith("video"):
         media = f"<video controls loop muted playsinline autoplay src='{data}'></video>"
     elif kind.startswith("audio"):

@@ -1,0 +1,1 @@
+"""Looking at datasets before (and after) they are cached."""

@@ -41,3 +41,9 @@ def wave_bars(waveform: np.ndarray) -> tuple[int, ...]:
     peaks = np.abs(waveform).max(axis=0)
     parts = np.array_split(peaks, min(_BARS, max(len(peaks), 1)))
     return tuple(min(round(100 * float(part.max(initial=0.0))), 100) for part in parts)
+
+
+def picture_width(jpeg: bytes) -> int:
+    """Pixels."""
+    with Image.open(io.BytesIO(jpeg)) as image:
+        return image.width

@@ -59,7 +59,7 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
     video_vae = audio_vae = None
     if mode != "audio":
         video_vae = load_video_vae(vae_checkpoint, dtype=recipe.video_dtype, device=device, decoder=False)
-        _set_memory_options(video_vae, config)
+        set_memory_options(video_vae, config)
     if mode != "video":
         audio_vae = load_audio_vae(checkpoint, dtype=recipe.audio_dtype, device=device)
     with _resumable():
@@ -106,7 +106,8 @@ def _video_channels(checkpoint: Checkpoint) -> int:
     return checkpoint.tensors[key].shape[1] if key else 128
 
 
-def _set_memory_options(vae: VideoVAE, config: CacheLatentsConfig) -> None:
+def set_memory_options(vae: VideoVAE, config: CacheLatentsConfig) -> None:
+    """Chunks and tiles of the encoder, from the flags."""
     encoding = config.encoding
     vae.set_chunk_size(encoding.vae_chunk_size)
     vae.enable_encode_tiling(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class _BarSafeHandler(logging.StreamHandler):
@@ -35,6 +37,18 @@ def setup_logging(level: int = logging.INFO) -> None:
     # Says at every import that an optional CPU kernel for 4-bit inference, which nothing here uses, is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.captureWarnings(True)
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Without the messages of one module, except errors."""
+    module = logging.getLogger(name)
+    level = module.level
+    module.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        module.setLevel(level)
 
 
 _SEEN: set[tuple[str, str]] = set()

@@ -64,6 +64,28 @@ class AudioSourceConfig:
 
 
 @dataclass(frozen=True)
+class WithoutEncodingConfig:
+    """Without encoding (no checkpoint needed)."""
+
+    debug_mode: Literal["image", "video", "console"] | None = flag(
+        None,
+        "list the prepared clips and write them to 'debug' beside the configuration, as pictures or videos with sound",
+    )
+    dry_run: bool = flag(
+        False, "tell the number of files and clips, the size of their caches and the time; write nothing"
+    )
+    encode_rate: float | None = flag(
+        None,
+        "dry run: megapixels (width x height x frames) a second of the video VAE; not given: timed on a clip, with a "
+        "checkpoint",
+    )
+
+    @property
+    def requested(self) -> bool:
+        return self.dry_run or self.debug_mode is not None
+
+
+@dataclass(frozen=True)
 class CacheLatentsConfig:
     """``ltx2_cache_latents.py``"""
 
@@ -71,6 +93,7 @@ class CacheLatentsConfig:
     dataset: DatasetRunConfig = DatasetRunConfig()
     encoding: LatentEncodingConfig = LatentEncodingConfig()
     audio: AudioSourceConfig = AudioSourceConfig()
+    without: WithoutEncodingConfig = WithoutEncodingConfig()
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ def required(config: CacheLatentsConfig | CacheTextConfig) -> Iterable[str]:
         "dataset_config": config.dataset.dataset_config,
         "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint,
     }
+    without_checkpoint = isinstance(config, CacheLatentsConfig) and config.without.requested
     for name, path in needed.items():
-        if path is None:
+        if path is None and not (name == "ltx2_checkpoint" and without_checkpoint):
             yield f"--{name} is required"
     yield from missing(needed)
     yield from _counts(config.dataset)
@@ -43,6 +44,17 @@ def latents(config: CacheLatentsConfig) -> Iterable[str]:
         yield f"--audio_only_target_resolution {audio.audio_only_target_resolution}: expected at least 32"
     if audio.audio_video_latent_channels is not None and audio.audio_video_latent_channels < 1:
         yield f"--audio_video_latent_channels {audio.audio_video_latent_channels}: expected at least 1"
+
+
+def without_encoding(config: CacheLatentsConfig) -> Iterable[str]:
+    """Options that look at the clips instead of caching them."""
+    without = config.without
+    if without.dry_run and without.debug_mode is not None:
+        yield "--dry_run and --debug_mode exclude each other; give one"
+    if without.encode_rate is not None and not without.dry_run:
+        yield "--encode_rate needs --dry_run"
+    if without.encode_rate is not None and without.encode_rate <= 0:
+        yield f"--encode_rate {without.encode_rate:g}: expected a number > 0"
 
 
 def _tiles(encoding: LatentEncodingConfig) -> Iterable[str]:

@@ -32,13 +32,14 @@ def find_duplicates(items: Mapping[str, Sequence[SourceItem]]) -> dict[tuple[str
     findings: dict[tuple[str, Path], list[Finding]] = defaultdict(list)
     for group in _same_content(places):
         for label, item in group:
-            others = _others(group, label, item)
-            findings[label, item.path].append(Finding("same file", f"same content as {others}"))
+            findings[label, item.path].append(Finding("same file", _same_file(group, label, item)))
     captions = _grouped((" ".join(item.caption.split()), (label, item)) for label, item in places if item.caption)
     for group in captions:
         for label, item in group:
-            text = f"same caption as {_others(group, label, item)}"
-            findings[label, item.path].append(Finding("same caption", text, "note"))
+            others = [place for place in group if place[1].path != item.path]
+            if others:
+                text = f"same caption as {_names(others, label)}"
+                findings[label, item.path].append(Finding("same caption", text, "note"))
     return findings
 
 
@@ -79,11 +80,18 @@ def _digest(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _others(group: Sequence[Place], label: str, item: SourceItem, limit: int = 3) -> str:
-    names = [
-        other.path.name if other_label == label else f"{other.path.name} in {other_label}"
-        for other_label, other in group
-        if (other_label, other.path) != (label, item.path)
-    ]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _same_file(group: Sequence[Place], label: str, item: SourceItem) -> str:
+    copies = [place for place in group if place[1].path != item.path]
+    users = [other for other, same in group if same.path == item.path and other != label]
+    parts = [f"also in {', '.join(users)}"] if users else []
+    parts += [f"same content as {_names(copies, label)}"] if copies else []
+    return "; ".join(parts)
+
+
+def _names(places: Sequence[Place], label: str, limit: int = 3) -> str:
+    """File names; with their dataset where that is another than ``label``."""
+    names = dict.fromkeys(
+        item.path.name if other == label else f"{item.path.name} in {other}" for other, item in places[: 2 * limit]
+    )
+    more = f" and {len(places) - limit} more" if len(places) > limit else ""
+    return ", ".join(list(names)[:limit]) + more

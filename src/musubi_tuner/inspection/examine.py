@@ -20,7 +20,7 @@ from .timing import FrameUse, Timing, read_timing
 
 logger = logging.getLogger(__name__)
 
-CLIPS_SHOWN = 12  # of one file, with pictures
+CLIPS_SHOWN = 6  # of one file, with pictures
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Preview:
     """Small pictures of one clip."""
 
     strip: bytes | None = field(default=None, repr=False)  # JPEG
-    wave: tuple[int, ...] = ()  # peaks in percent
+    wave: tuple[int, ...] = ()  # see wave_bars
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .report import (
     FindingGroup,
     Inspection,
     bucket_rows,
+    count_text,
     finding_groups,
     range_text,
     time_text,
@@ -29,7 +30,6 @@ _STYLE = Path(__file__).with_name("page.css")
 _LINKED = 40  # names listed for one kind of finding; more are in the tables
 _LONG_CAPTION = 300  # characters; longer ones open under the pointer
 _CAPTION_LIMIT = 4000
-_WAVE_HEIGHT = 100
 
 _WORDS = {"error": "cannot be used", "warning": "look at it", "note": "note"}
 
@@ -82,7 +82,7 @@ def _totals(inspection: Inspection, files: int) -> str:
 def _groups(groups: Iterable[FindingGroup], anchors: Anchors) -> str:
     rows = "".join(
         f"<li>{_badge(group.severity, _WORDS[group.severity])}<details><summary>{escape(group.kind)}: "
-        f"{_count(len(group.items), 'file')}</summary>{_linked(group, anchors)}</details></li>"
+        f"{count_text(len(group.items), 'file')}</summary>{_linked(group, anchors)}</details></li>"
         for group in groups
     )
     return f"<ul class='groups'>{rows}</ul>" if rows else f"<p>{_badge('fine', 'fine')} nothing remarkable</p>"
@@ -108,9 +108,7 @@ def _dataset(report: DatasetReport, anchors: Anchors) -> str:
     shown = [item for item in report.items if _is_shown(item)]
     cards = "".join(_card(item, anchors[entry.label, item.item.path]) for item in shown)
     hidden = [item for item in report.items if not _is_shown(item)]
-    more = (
-        f"<p class='settings'>{_count(len(hidden), 'more file')} in the table only (--max_items)</p>" if hidden else ""
-    )
+    more = _aside(f"{count_text(len(hidden), 'more file')} in the table only (--max_items)") if hidden else ""
     hidden_paths = {item.item.path for item in hidden}
     rows = "".join(
         _file_row(item, anchors[entry.label, item.item.path], anchored=item.item.path in hidden_paths)
@@ -120,11 +118,11 @@ def _dataset(report: DatasetReport, anchors: Anchors) -> str:
         f"<th>{h}</th>" for h in ("file", "size", "length", "clips", "bucket", "tokens", "sound", "findings")
     )
     table = (
-        f"<details><summary>All {_count(len(report.items), 'file')} as a table</summary>"
+        f"<details><summary>All {count_text(len(report.items), 'file')} as a table</summary>"
         f"<div class='wide'><table class='files'><tr>{headers}</tr>{rows}</table></div></details>"
     )
     body = _aside(_settings(entry)) + _bucket_table(report)
-    body += _cached(report.cached) + (table + cards + more if report.items else "")
+    body += (table + cards + more if report.items else "") + _cached(report.cached)
     return section(f"{entry.label}: {entry.kind}", body)
 
 
@@ -198,12 +196,12 @@ def _card(report: ItemReport, anchor: str) -> str:
         facts.append(time_text(report.duration))
     facts += [report.timing] if report.timing else []
     if clips:
-        facts.append(_count(len(clips), "clip"))
+        facts.append(count_text(len(clips), "clip"))
     link = escape(report.item.path.absolute().as_uri(), quote=True)
     header = f"<b><a href='{link}'>{escape(report.item.path.name)}</a></b>"
     header += "".join(f"<span>{escape(fact)}</span>" for fact in facts)
     shown = [clip for clip in clips if clip.preview]
-    more = _aside(f"and {_count(len(clips) - len(shown), 'more clip')}") if len(clips) > len(shown) > 0 else ""
+    more = _aside(f"and {count_text(len(clips) - len(shown), 'more clip')}") if len(clips) > len(shown) > 0 else ""
     return (
         f"<article id='{anchor}'{' class=remarkable' if report.all_findings else ''}><header>{header}</header>"
         f"{_caption(report.item.caption)}{_remarks(report.findings)}{_timeline(report)}"
@@ -283,12 +281,15 @@ def _figure(*, strip: bytes | None, wave: tuple[int, ...], text: str, below: str
 
 
 def _wave(bars: tuple[int, ...]) -> str:
+    """The envelope, mirrored; a thin line where it is silent."""
     if not bars:
         return ""
-    path = "".join(f"M{i} {50 - bar / 2:g}v{max(bar, 1)}" for i, bar in enumerate(bars))
+    heights = [max(bar, 1) / 2 for bar in bars]
+    above = [f"{i} {50 - height:g}" for i, height in enumerate(heights)]
+    below = [f"{i} {50 + height:g}" for i, height in enumerate(heights)]
     return (
-        f"<svg viewBox='-1 0 {len(bars) + 1} {_WAVE_HEIGHT}' preserveAspectRatio='none' role='img'>"
-        f"<path d='{path}' stroke='currentColor' stroke-width='0.7'/></svg>"
+        f"<svg viewBox='0 0 {max(len(bars) - 1, 1)} 100' preserveAspectRatio='none' role='img'>"
+        f"<path d='M{'L'.join(above + below[::-1])}Z' fill='currentColor'/></svg>"
     )
 
 
@@ -322,10 +323,6 @@ def _aside(text: str) -> str:
 
 def _headers(*names: str) -> str:
     return "".join(f"<th>{name}</th>" for name in names)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _worst(report: ItemReport) -> str | None:

@@ -163,7 +163,12 @@ def group_line(group: FindingGroup) -> str:
         for _, item in group.items[:_NAMES_SHOWN]
     ]
     more = f" and {len(group.items) - _NAMES_SHOWN} more" if len(group.items) > _NAMES_SHOWN else ""
-    return f"{group.kind}: {len(group.items)} files: {', '.join(shown)}{more}"
+    return f"{group.kind}: {count_text(len(group.items), 'file')}: {', '.join(shown)}{more}"
+
+
+def count_text(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``"""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def time_text(seconds: float) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from musubi_tuner.caching.pipeline import Failed, default_workers, read_ahead
+from musubi_tuner.common.log import quiet
 from musubi_tuner.common.progress import progress
 from musubi_tuner.config.inspect import InspectConfig
 from musubi_tuner.config.model import Mode
@@ -46,7 +46,7 @@ def run_inspection(config: InspectConfig) -> int:
     listings = {entry.label: list_items(entry) for entry in datasets.entries()}
     duplicates = find_duplicates({label: listing.items for label, listing in listings.items()})
     reports = []
-    with _quiet("musubi_tuner.dataset.clips"):  # the page says it in its place
+    with quiet("musubi_tuner.dataset.clips"):  # the page says it in its place
         for entry in datasets.entries():
             examined = _examine_all(
                 entry, listings[entry.label], mode=mode, audio_source=sound, workers=workers, max_shown=flags.max_items
@@ -130,15 +130,3 @@ def _log(inspection: Inspection) -> None:
         logger.info("%s", table)
     for group in finding_groups(inspection):
         logger.log(_LEVELS[group.severity], "%s", group_line(group))
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Without the messages of one module below errors."""
-    module = logging.getLogger(name)
-    level = module.level
-    module.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        module.setLevel(level)

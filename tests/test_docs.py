@@ -11,6 +11,7 @@ import pytest
 from musubi_tuner.cli.parser import parse
 from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig
 from musubi_tuner.config.demo import DemoConfig
+from musubi_tuner.config.inspect import InspectConfig
 from musubi_tuner.config.merge import MergeConfig
 from musubi_tuner.config.sampling import GenerateVideoConfig
 from musubi_tuner.config.training import TrainNetworkConfig
@@ -21,6 +22,7 @@ CONFIGS = {
     "ltx2_cache_text_encoder_outputs.py": CacheTextConfig,
     "ltx2_demo.py": DemoConfig,
     "ltx2_generate_video.py": GenerateVideoConfig,
+    "ltx2_inspect_dataset.py": InspectConfig,
     "ltx2_merge_lora.py": MergeConfig,
     "ltx2_train_network.py": TrainNetworkConfig,
 }

@@ -148,6 +148,18 @@ def test_decoded_caches(cached_demo, tmp_path: Path) -> None:
         assert sum(1 for _ in container.decode(video=0)) == 17
 
 
+def test_a_dataset_of_caches_alone(cached_demo, tmp_path: Path) -> None:
+    demo = cached_demo()
+    config = tmp_path / "caches.toml"
+    text = f"[general]\nresolution = [192, 128]\n[[datasets]]\ncache_only = true\ncache_directory = '{demo.cache}'\n"
+    config.write_text(text, encoding="utf-8")
+    flags = ("--dataset_config", config, "--ltx2_mode", "av")
+    assert _status(inspect_dataset, *flags) == 0
+    assert "no sources to look at" in _page(tmp_path / "inspection").text
+    assert _status(inspect_dataset, *flags, "--decode_caches", "--ltx2_checkpoint", demo.checkpoint) == 0
+    assert _page(tmp_path / "inspection").tags.count("img") == 4
+
+
 def test_wrong_flags(videos: Path, capsys) -> None:
     assert _status(inspect_dataset, "--decode_caches", "--max_items", -1) == 2
     error = capsys.readouterr().err

@@ -89,7 +89,8 @@ def examine(item: SourceItem, entry: DatasetEntry, *, mode: Mode, audio_source: 
         plan = plan_item(item, entry, audio_source)
         if plan.size is not None:
             findings += size_findings(plan.size, plan.bucket)
-        if item.kind == "video" and (rate := entry.source_fps or plan.fps):
+        rate = entry.source_fps or plan.fps
+        if item.kind == "video" and item.path.is_file() and rate:
             timing = read_timing(item.path, entry, rate)
             findings += _timing_findings(timing)
         for clip in iter_clips(item, entry, with_audio=mode == "av", audio_source=audio_source):

@@ -122,7 +122,11 @@ def _dataset(report: DatasetReport, anchors: Anchors) -> str:
         f"<div class='wide'><table class='files'><tr>{headers}</tr>{rows}</table></div></details>"
     )
     body = _aside(_settings(entry)) + _bucket_table(report)
-    body += (table + cards + more if report.items else "") + _cached(report.cached)
+    if report.items:
+        body += table + cards + more
+    elif not report.cached:
+        body += _aside("no sources to look at; --decode_caches shows the caches")
+    body += _cached(report.cached)
     return section(f"{entry.label}: {entry.kind}", body)
 
 

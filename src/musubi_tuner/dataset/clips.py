@@ -58,8 +58,14 @@ class AudioSource:
     directory: Path | None = None  # of the files; None: beside the video
     extension: str = ".wav"
 
+    def kind_for(self, item: SourceItem) -> Literal["video", "audio_files"]:
+        """``kind``, unless the item names a file of its own."""
+        return self.kind if item.audio is None else "audio_files"
+
     def locate(self, item: SourceItem) -> Path:
-        """The file that should hold the item's sound: the video itself or ``<stem><extension>``."""
+        """The file that should hold the item's sound: the listed one, the video itself or ``<stem><extension>``."""
+        if item.audio is not None:
+            return item.audio
         if self.kind == "video":
             return item.path
         suffix = "." + self.extension.lstrip(".")
@@ -147,8 +153,9 @@ def iter_clips(
         decode_threads: of one video decoder; 0 = one for each core.
 
     Raises:
-        MediaError: the file is damaged, of unknown frame rate, or too small for a bucket.
+        MediaError: the file is missing, damaged, of unknown frame rate, or too small for a bucket.
     """
+    require_files(item, with_audio=with_audio)
     if item.kind == "image":
         yield _image_clip(item, entry)
     elif item.kind == "audio":
@@ -156,6 +163,20 @@ def iter_clips(
     else:
         sound = audio_source or AudioSource() if with_audio else None
         yield from _video_clips(item, entry, sound, decode_threads)
+
+
+def require_files(item: SourceItem, *, with_audio: bool) -> None:
+    """Check that what a list names is there.
+
+    Raises:
+        MediaError: it is not. The message names the line.
+    """
+    if item.place is None:  # found in a directory
+        return
+    files = [(f"{item.kind}_path", item.path), ("audio_path", item.audio if with_audio else None)]
+    for name, path in files:
+        if path is not None and not path.exists():
+            raise MediaError(f"{path}: does not exist ({name} of {item.place}); correct or remove the line")
 
 
 def _image_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
@@ -180,10 +201,10 @@ def _audio_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
         samples = track.read_all()
         _warn_of_damage(track)
     if isinstance(samples, NoAudio):
-        raise MediaError(f"{item.path}: {samples.reason}; remove it from the directory")
+        raise MediaError(f"{item.path}: {samples.reason}; remove it from the dataset")
     waveform = to_16k(samples, track.rate)
     if waveform.shape[1] < SHORTEST_SOUND:
-        raise MediaError(f"{item.path}: {_too_short(waveform)}; remove it from the directory")
+        raise MediaError(f"{item.path}: {_too_short(waveform)}; remove it from the dataset")
     _warn_if_cut_short(item.path, waveform.shape[1] / AUDIO_RATE)
     return PreparedClip(
         base_name=base_name(item, None),
@@ -353,7 +374,7 @@ def plan_item(item: SourceItem, entry: DatasetEntry, audio_source: AudioSource |
     if item.kind == "audio":
         info = probe_audio(item.path)
         if isinstance(info, NoAudio):
-            raise MediaError(f"{item.path}: {info.reason}; remove it from the directory")
+            raise MediaError(f"{item.path}: {info.reason}; remove it from the dataset")
         return ItemPlan(
             item,
             entry.resolution,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fake_encoders import CHANNELS, FakeAudioVAE, FakeTextEncoder, FakeVideoVAE
-from media_files import tone, write_sound, write_video
+from media_files import index_frame, tone, write_sound, write_video
 from PIL import Image
 
 from musubi_tuner.caching.latent_outputs import LatentRecipe
@@ -190,3 +190,35 @@ def test_images_and_sounds(media: Path) -> None:
     sounds = _list(media, {"audio_path": "mein Ordner é/ton.wav"}, kind="audio")
     assert _latents(sounds, replace(RECIPE, mode="audio", video_vae=None)).finish(allow_failed=False) == 0
     assert _names(sounds) == ["ton_0128x0064_ltx2.safetensors", "ton_0128x0064_ltx2_audio.safetensors"]
+
+
+def test_a_directory_of_images_beside_videos(media: Path) -> None:
+    folder = media / "frames"
+    folder.mkdir()
+    for index in range(20):
+        Image.fromarray(index_frame(index)).save(folder / f"{index:02d}.png")
+    sound = {"audio_path": "mein Ordner é/ton.wav"}
+    write_sound(media / "ton.wav", tone(1.2))
+    entry = _list(media, {"video_path": "mein Ordner é/frames"} | sound, *_relative("ein Zug"))
+    assert _latents(entry).finish(allow_failed=False) == 0
+    _text(entry)
+    assert _names(entry)[3:] == [
+        "frames_00000-017_0128x0064_ltx2.safetensors",
+        "frames_00000-017_0128x0064_ltx2_audio.safetensors",
+        "frames_ltx2_te.safetensors",
+    ]
+    assert _counts(_latents(entry, options=SKIP), "video")[:2] == (0, 2)
+    (folder / "05.png").rename(folder / "99.png")
+    assert _counts(_latents(entry, options=SKIP), "video")[:2] == (1, 1)
+    training_set = discover(_config(entry), "av")
+    assert sorted(item.base for item in training_set.items() if item.audio_steps) == [
+        "ein Zug_00000-017",
+        "frames_00000-017",
+    ]
+
+
+def test_folders_are_refused_where_files_are_expected(media: Path) -> None:
+    summary = _latents(_list(media, {"image_path": "mein Ordner é"}, kind="image"))
+    assert "is not a file (image_path of list.jsonl:1)" in summary.failures[0]
+    summary = _latents(_list(media, {"video_path": "mein Ordner é/ein Zug.mp4", "audio_path": "."}))
+    assert "is not a file (audio_path of list.jsonl:1)" in summary.failures[0]

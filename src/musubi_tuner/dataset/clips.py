@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,6 +29,7 @@ from .frames import (
     output_length,
     sample_frames,
 )
+from .image_sequence import ImageSequence
 from .media import (
     MediaError,
     Video,
@@ -175,8 +176,10 @@ def require_files(item: SourceItem, *, with_audio: bool) -> None:
         return
     files = [(f"{item.kind}_path", item.path), ("audio_path", item.audio if with_audio else None)]
     for name, path in files:
-        if path is not None and not path.exists():
-            raise MediaError(f"{path}: does not exist ({name} of {item.place}); correct or remove the line")
+        if path is None or path.is_file() or (name == "video_path" and path.is_dir()):
+            continue
+        what = "is not a file" if path.exists() else "does not exist"
+        raise MediaError(f"{path}: {what} ({name} of {item.place}); correct or remove the line")
 
 
 def _image_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
@@ -223,7 +226,7 @@ def _video_clips(
     item: SourceItem, entry: DatasetEntry, sound: AudioSource | None, decode_threads: int
 ) -> Iterator[PreparedClip]:
     with ExitStack() as stack:
-        video = stack.enter_context(open_video(item.path, threads=decode_threads))
+        video = stack.enter_context(_open(item, entry, decode_threads))
         bucket = _bucket(item, entry, video.info.size)
         rate, length, notes = _frame_rate(video, entry)
         track = _open_track(stack, video, item, sound) if sound else None
@@ -251,6 +254,17 @@ def _video_clips(
             _warn_of_damage(track)
 
 
+def _open(item: SourceItem, entry: DatasetEntry, threads: int) -> AbstractContextManager[Video | ImageSequence]:
+    if item.path.is_dir():
+        return nullcontext(_sequence(item, entry))
+    return open_video(item.path, threads=threads)
+
+
+def _sequence(item: SourceItem, entry: DatasetEntry) -> ImageSequence:
+    """Without a rate of its own every image becomes one frame."""
+    return ImageSequence(item.path, entry.source_fps or entry.target_fps)
+
+
 def _bucket(item: SourceItem, entry: DatasetEntry, size: Size) -> Size:
     bucket = entry.bucket(size)
     if bucket is None:
@@ -264,17 +278,20 @@ def _bucket(item: SourceItem, entry: DatasetEntry, size: Size) -> Size:
 # --- frame rate ---------------------------------------------------------------------------------------------
 
 
-def _frame_rate(video: Video, entry: DatasetEntry) -> tuple[FrameRate, int | None, tuple[str, ...]]:
+def _frame_rate(video: Video | ImageSequence, entry: DatasetEntry) -> tuple[FrameRate, int | None, tuple[str, ...]]:
     """The frame-rate rule for one video, the number of output frames if the extraction needs it, notes."""
     name, rule = video.path.name, entry.extraction
     rate = _nominal_rate(video.path, video.info.fps, entry)
-    if not rate.given:
-        logger.info("Auto-detected source FPS: %.2f for %s", rate.source, name)
     notes: list[str] = []
+    if isinstance(video, ImageSequence):
+        if video.misplaced:
+            notes.append("frames are taken by name: {} comes before {}; pad the numbers".format(*video.misplaced))
+    elif not rate.given:
+        logger.info("Auto-detected source FPS: %.2f for %s", rate.source, name)
     length = None
     check = not (rate.resample or rate.given)
     if check or rule.mode == "uniform":
-        times = frame_times(video.path, None if rule.limit is None else rule.limit + 1)
+        times = _times(video, None if rule.limit is None else rule.limit + 1)
         if check and not is_regular(times, rate.source):
             rate = replace(rate, resample=True)
             notes.append("variable frame rate: frames are chosen by their time")
@@ -286,6 +303,10 @@ def _frame_rate(video: Video, entry: DatasetEntry) -> tuple[FrameRate, int | Non
     for note in notes:
         logger.warning("%s: %s", name, note)
     return rate, length if rule.mode == "uniform" else None, tuple(notes)
+
+
+def _times(video: Video | ImageSequence, limit: int | None) -> list[float]:
+    return video.times(limit) if isinstance(video, ImageSequence) else frame_times(video.path, limit)
 
 
 def _nominal_rate(path: Path, detected: float | None, entry: DatasetEntry) -> FrameRate:
@@ -304,8 +325,12 @@ def _nominal_rate(path: Path, detected: float | None, entry: DatasetEntry) -> Fr
 # --- sound --------------------------------------------------------------------------------------------------
 
 
-def _open_track(stack: ExitStack, video: Video, item: SourceItem, sound: AudioSource) -> AudioTrack | NoAudio:
+def _open_track(
+    stack: ExitStack, video: Video | ImageSequence, item: SourceItem, sound: AudioSource
+) -> AudioTrack | NoAudio:
     path = sound.locate(item)
+    if path.is_dir():
+        return NoAudio("a folder of images has no sound")
     if path != item.path and not path.is_file():
         return NoAudio(f"no file {path}")
     # A file of its own starts with the video.
@@ -391,7 +416,7 @@ def plan_item(item: SourceItem, entry: DatasetEntry, audio_source: AudioSource |
 
 
 def _plan_video(item: SourceItem, entry: DatasetEntry, sound: AudioSource) -> ItemPlan:
-    info = probe_video(item.path)
+    info = _sequence(item, entry).info if item.path.is_dir() else probe_video(item.path)
     rate = _nominal_rate(item.path, info.fps, entry)
     pace = info.fps or rate.source
     stored = info.frames or round((info.duration or 0.0) * pace)

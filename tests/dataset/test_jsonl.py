@@ -147,8 +147,11 @@ def test_every_kind_has_its_key(tmp_path: Path, kind: str) -> None:
 
 def test_a_list_needs_a_cache_directory(tmp_path: Path) -> None:
     _write(tmp_path, {"video_path": "a.mp4", "caption": "x"})
-    with pytest.raises(ConfigErrors, match=r"cache_directory: needed with video_jsonl_file"):
-        _config(tmp_path, '[[datasets]]\nvideo_jsonl_file = "list.jsonl"')
+    with pytest.raises(ConfigErrors) as caught:
+        _config(tmp_path, '[[datasets]]\nvideo_jsonl_file = "list.jsonl"\nresolution = 50')
+    needed, resolution = caught.value.problems
+    assert needed == "datasets[0].cache_directory: needed with video_jsonl_file"
+    assert "multiples of 32" in resolution
 
 
 def test_problems_of_a_list_are_those_of_its_configuration(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ class _Line:
         path_key = f"{self.kind}_path"
         known = [path_key, self.caption_field, *(["audio_path"] if self.kind == "video" else [])]
         for name in values:
-            _refuse_unsupported(name)
+            if what := _unsupported(name):
+                raise ValueError(f"{name}: {what} are not supported yet; remove the key")
         self.ignored = [name for name in values if name not in known]
         for name in (path_key, self.caption_field):
             if name not in values:
@@ -154,10 +156,9 @@ def _json_object(line: str) -> dict[str, Any]:
     return values
 
 
-def _refuse_unsupported(name: str) -> None:
-    for pattern, what in _NOT_YET_SUPPORTED.items():
-        if pattern.fullmatch(name):
-            raise ValueError(f"{name}: {what} are not supported yet; remove the key")
+@lru_cache(maxsize=1024)  # every line has the same few keys
+def _unsupported(name: str) -> str | None:
+    return next((what for pattern, what in _NOT_YET_SUPPORTED.items() if pattern.fullmatch(name)), None)
 
 
 def _text(name: str, value: object) -> str:

@@ -277,22 +277,21 @@ def _entry(
     source_key, source_value = next(iter(sources.items()), (None, None))
     listed = source_key == f"{kind}_jsonl_file"
     cache_value = values.pop("cache_directory")
-    if cache_value is None and (listed or source_value is None):
-        if listed or values["cache_only"]:
-            report.problems.append(f"{label}.cache_directory: needed with {source_key or 'cache_only'}")
-        return None
-
-    source = _resolve(source_value, file.parent) if source_value else None
-    cache = _resolve_cache(cache_value, file.parent, source_value, source)
+    has_cache = cache_value is not None or (source_value is not None and not listed)
+    if not has_cache and (listed or values["cache_only"]):
+        report.problems.append(f"{label}.cache_directory: needed with {source_key or 'cache_only'}")
     _check_resolution(label, kind, values, report)
     if kind == "video":
         _settle_extraction(label, values, report)
     values["bucket_no_upscale"] = values["bucket_no_upscale"] and values["enable_bucket"]
+    if not has_cache:
+        return None
+    source = _resolve(source_value, file.parent) if source_value else None
     return DatasetEntry(
         label=label,
         kind=kind,
         source=None if values["cache_only"] else source,
-        cache_directory=cache,
+        cache_directory=_resolve_cache(cache_value, file.parent, source_value, source),
         listed=listed,
         **values,
     )

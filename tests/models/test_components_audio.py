@@ -70,7 +70,7 @@ def test_latent_length(vae, samples):
 
 def test_encode_normalises_in_the_patchified_space(vae):
     waveform = torch.randn(1, 2, 4000)
-    reference = vae._vae
+    reference = vae._module
     with torch.no_grad():
         mode = reference.encode(log_mel(waveform)).latent_dist.mode()  # [1, C, T, 16]
     flat = mode.transpose(1, 2).flatten(2)  # [1, T, C*16]

@@ -62,7 +62,7 @@ def test_sizes_that_do_not_fit_are_told(vae, shape, message):
 @pytest.mark.parametrize("size", [(2, 2), (3, 5), (4, 7)])
 @pytest.mark.parametrize("overlap", [0, 32, 64])
 def test_spatial_tiles_are_aligned(vae, size, overlap):
-    vae._vae.decoder = FrameCounter()
+    vae._module.decoder = FrameCounter()
     latents = random(1, 16, 2, *size)
     whole = vae.decode(latents)
     vae.enable_decode_tiling(spatial_tile=96, spatial_overlap=overlap)
@@ -80,9 +80,9 @@ class FrameCounter(nn.Module):
 @pytest.mark.parametrize("count", range(1, 14))
 @pytest.mark.parametrize(("tile", "overlap"), [(16, 8), (24, 8), (32, 24), (64, 0)])
 def test_temporal_decode_tiles_are_aligned(vae, count, tile, overlap):
-    vae._vae.decoder = FrameCounter()
-    vae._vae.latents_mean.zero_()
-    vae._vae.latents_std.fill_(1.0)
+    vae._module.decoder = FrameCounter()
+    vae._module.latents_mean.zero_()
+    vae._module.latents_std.fill_(1.0)
     latents = torch.linspace(-1, 1, count).view(1, 1, -1, 1, 1).expand(1, 16, count, 2, 2).contiguous()
     whole = vae.decode(latents)
     assert whole.shape == (1, 3, 8 * (count - 1) + 1, 64, 64)
@@ -91,7 +91,7 @@ def test_temporal_decode_tiles_are_aligned(vae, count, tile, overlap):
 
 
 def test_temporal_decode_tiles_of_the_real_decoder(vae):
-    vae._vae.decoder.is_causal = True  # so that the first tile does not see what lies behind it
+    vae._module.decoder.is_causal = True  # so that the first tile does not see what lies behind it
     latents = random(1, 16, 8, 2, 2)
     whole = vae.decode(latents)
     vae.enable_decode_tiling(temporal_tile=40, temporal_overlap=24)

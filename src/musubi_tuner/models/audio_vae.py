@@ -20,7 +20,7 @@ from transformers.audio_utils import mel_filter_bank
 from musubi_tuner.common.errors import UserError
 
 from .checkpoint import Checkpoint
-from .component_loading import build_empty, fill, read_renamed
+from .component_loading import Component, build_empty, fill, read_renamed
 
 SAMPLE_RATE = 16000
 N_FFT = 1024
@@ -79,7 +79,7 @@ def latent_length(samples: int) -> int:
     return samples // HOP_LENGTH // MEL_FRAMES_PER_LATENT + 1
 
 
-class AudioVAE:
+class AudioVAE(Component):
     """Waveforms to normalised latents, and latents to log-mels.
 
     Attributes:
@@ -88,22 +88,9 @@ class AudioVAE:
     """
 
     def __init__(self, vae: AutoencoderKLLTX2Audio) -> None:
-        self._vae = vae
+        super().__init__(vae)
         self.sample_rate: int = vae.config.sample_rate
         self.latent_channels: int = vae.config.latent_channels
-
-    @property
-    def device(self) -> torch.device:
-        return next(self._vae.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self._vae.parameters()).dtype
-
-    def to(self, device: torch.device | str) -> AudioVAE:
-        """Move the weights; dtypes stay."""
-        self._vae.to(device)
-        return self
 
     @torch.no_grad()
     def encode(self, waveform: Tensor) -> Tensor:
@@ -111,11 +98,11 @@ class AudioVAE:
 
         T is :func:`latent_length` of S. The mel is computed in fp32 whatever the dtype of the weights.
         """
-        channels = self._vae.config.in_channels
+        channels = self._module.config.in_channels
         if waveform.ndim != 3 or waveform.shape[1] != channels:
             raise ValueError(f"expected a waveform [B, {channels}, S], got {list(waveform.shape)}")
         mel = log_mel(waveform.to(self.device))
-        latents = self._vae.encode(mel.to(self.dtype)).latent_dist.mode().float()
+        latents = self._module.encode(mel.to(self.dtype)).latent_dist.mode().float()
         mean, std = self._statistics()
         return (latents - mean) / std
 
@@ -124,15 +111,15 @@ class AudioVAE:
         """Normalised latents [B, 8, T, 16] to a log-mel [B, 2, 4T - 3, 64], fp32."""
         mean, std = self._statistics()
         latents = latents.to(self.device, torch.float32) * std + mean
-        return self._vae.decode(latents.to(self.dtype)).sample.float()
+        return self._module.decode(latents.to(self.dtype)).sample.float()
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation [1, 8, 1, 16]; they are stored channel-major for (channel, mel bin)."""
         shape = (1, self.latent_channels, 1, -1)
-        return self._vae.latents_mean.view(shape), self._vae.latents_std.view(shape)
+        return self._module.latents_mean.view(shape), self._module.latents_std.view(shape)
 
 
-class Vocoder:
+class Vocoder(Component):
     """Log-mels to stereo sound, always in fp32 (bf16 degrades the spectrum by tens of percent).
 
     Attributes:
@@ -140,19 +127,15 @@ class Vocoder:
     """
 
     def __init__(self, vocoder: LTX2Vocoder | LTX2VocoderWithBWE) -> None:
-        self._vocoder = vocoder
+        super().__init__(vocoder)
         self.sample_rate: int = vocoder.config.output_sampling_rate
-
-    def to(self, device: torch.device | str) -> Vocoder:
-        self._vocoder.to(device)
-        return self
 
     @torch.no_grad()
     def to_waveform(self, mel: Tensor) -> Tensor:
         """Log-mel [B, 2, T, 64] to sound [B, 2, N] in [-1, 1], fp32; N = T * sample_rate / 100."""
-        parameter = next(self._vocoder.parameters())
+        parameter = next(self._module.parameters())
         with torch.autocast(parameter.device.type, enabled=False):
-            return self._vocoder(mel.to(parameter.device, torch.float32))
+            return self._module(mel.to(parameter.device, torch.float32))
 
 
 def audio_vae_config(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,27 @@ from musubi_tuner.common.progress import bytes_progress
 from .checkpoint import Checkpoint
 
 M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C", bound="Component")
+
+
+class Component:
+    """A frozen module behind an interface of this project's own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self._module.parameters()).dtype
+
+    def to(self: C, device: torch.device | str) -> C:
+        """Move the weights; dtypes stay."""
+        self._module.to(device)
+        return self
 
 
 def build_empty(factory: Callable[[], M]) -> M:

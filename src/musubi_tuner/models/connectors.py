@@ -18,13 +18,13 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import TensorInfo
 
 from .checkpoint import TEXT_PROJECTION_PREFIX, Checkpoint
-from .component_loading import build_empty, fill, read_renamed
+from .component_loading import Component, build_empty, fill, read_renamed
 
 _SHARED_PROJECTION = TEXT_PROJECTION_PREFIX + "aggregate_embed.weight"
 _VIDEO_PROJECTION = TEXT_PROJECTION_PREFIX + "video_aggregate_embed.weight"
 
 
-class Connectors:
+class Connectors(Component):
     """Feature extraction and the two connector transformers.
 
     Attributes:
@@ -34,23 +34,10 @@ class Connectors:
     """
 
     def __init__(self, module: LTX2TextConnectors) -> None:
-        self._module = module
+        super().__init__(module)
         self.hidden_size: int = module.config.caption_channels
         self.num_states: int = module.config.text_proj_in_factor
         self.num_registers: int = module.config.video_connector_num_learnable_registers
-
-    @property
-    def device(self) -> torch.device:
-        return next(self._module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self._module.parameters()).dtype
-
-    def to(self, device: torch.device | str) -> Connectors:
-        """Move the weights; dtypes stay."""
-        self._module.to(device)
-        return self
 
     @torch.no_grad()
     def __call__(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

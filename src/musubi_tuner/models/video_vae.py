@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from musubi_tuner.common.errors import UserError
 
 from .checkpoint import Checkpoint
-from .component_loading import build_empty, fill, read_renamed
+from .component_loading import Component, build_empty, fill, read_renamed
 from .vae_tiling import Tiling, tiled_decode, tiled_encode
 from .video_vae_layout import KNOWN_CONFIGS, diffusers_config, infer_config, to_diffusers_name
 
 
-class VideoVAE:
+class VideoVAE(Component):
     """Encoder and decoder, either of which may be absent.
 
     Attributes:
@@ -31,25 +31,12 @@ class VideoVAE:
     """
 
     def __init__(self, vae: AutoencoderKLLTX2Video) -> None:
-        self._vae = vae
+        super().__init__(vae)
         self.spatial_stride: int = vae.spatial_compression_ratio
         self.temporal_stride: int = vae.temporal_compression_ratio
         self.latent_channels: int = vae.config.latent_channels
         self._encode_tiling = Tiling()
         self._decode_tiling = Tiling()
-
-    @property
-    def device(self) -> torch.device:
-        return next(self._vae.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self._vae.parameters()).dtype
-
-    def to(self, device: torch.device | str) -> VideoVAE:
-        """Move the weights; dtypes stay."""
-        self._vae.to(device)
-        return self
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -62,7 +49,7 @@ class VideoVAE:
         """
         self._check_pixels(pixels)
         mode = tiled_encode(
-            lambda tile: self._vae.encode(tile).latent_dist.mode(),
+            lambda tile: self._module.encode(tile).latent_dist.mode(),
             pixels.to(self.device, self.dtype),
             self._encode_tiling,
         )
@@ -76,15 +63,15 @@ class VideoVAE:
         Raises:
             UserError: a picture of a single latent row or column, which LTX-2.0's decoder cannot pad.
         """
-        if self._vae.decoder is None:
+        if self._module.decoder is None:
             raise ValueError("this VideoVAE was loaded without its decoder")
-        reflects = self._vae.config.decoder_spatial_padding_mode == "reflect"
+        reflects = self._module.config.decoder_spatial_padding_mode == "reflect"
         if reflects and min(latents.shape[3:]) < 2:
             height, width = (size * self.spatial_stride for size in latents.shape[3:])
             raise UserError(f"the LTX-2.0 video VAE decodes at least 64x64 pixels, got {width}x{height}")
         mean, std = self._statistics()
         latents = (latents.to(self.device, torch.float32) * std + mean).to(self.dtype)
-        pixels = tiled_decode(lambda tile: self._vae.decode(tile).sample, latents, self._decode_tiling)
+        pixels = tiled_decode(lambda tile: self._module.decode(tile).sample, latents, self._decode_tiling)
         return pixels.clamp_(-1, 1)
 
     def enable_encode_tiling(
@@ -123,15 +110,15 @@ class VideoVAE:
                 module.forward = types.MethodType(_chunked_forward(frames), module)
 
     def _encoder_convolutions(self) -> list[nn.Module]:
-        encoder = self._vae.encoder
+        encoder = self._module.encoder
         return [] if encoder is None else [m for m in encoder.modules() if isinstance(m, LTX2VideoCausalConv3d)]
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)
-        return self._vae.latents_mean.view(shape), self._vae.latents_std.view(shape)
+        return self._module.latents_mean.view(shape), self._module.latents_std.view(shape)
 
     def _check_pixels(self, pixels: Tensor) -> None:
-        if self._vae.encoder is None:
+        if self._module.encoder is None:
             raise ValueError("this VideoVAE was loaded without its encoder")
         frames, height, width = pixels.shape[2:]
         if (frames - 1) % self.temporal_stride:

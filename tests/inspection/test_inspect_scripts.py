@@ -1,5 +1,6 @@
 """The scripts that look at a dataset: the page, prepared clips, the dry run."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from media_files import read_index, tone, write_sound, write_video
+from media_files import index_frame, read_index, tone, write_sound, write_video
 from PIL import Image
 
 from musubi_tuner.ltx2_cache_latents import main as cache_latents
@@ -146,6 +147,28 @@ def test_decoded_caches(cached_demo, tmp_path: Path) -> None:
     with av.open(str(decoded[0])) as container:
         assert len(container.streams.audio) == 1
         assert sum(1 for _ in container.decode(video=0)) == 17
+
+
+def test_a_list_with_a_folder_of_images_and_a_missing_file(tmp_path: Path) -> None:
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for index in range(20):
+        Image.fromarray(index_frame(index)).save(frames / f"{index}.png")  # 10 comes before 2
+    lines = [{"video_path": "frames", "caption": "numbers"}, {"video_path": "gone.mp4", "caption": "gone"}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    config = tmp_path / "list.toml"
+    config.write_text(
+        "[general]\nresolution = [128, 64]\n[[datasets]]\nvideo_jsonl_file = 'list.jsonl'\n"
+        "cache_directory = 'cache'\ntarget_frames = [17]\n",
+        encoding="utf-8",
+    )
+    assert _status(inspect_dataset, "--dataset_config", config) == 1
+    page = _page(tmp_path / "inspection")
+    assert page.tags.count("img") == 1
+    assert "0.12 s not used" in page.text
+    assert "pad the numbers" in page.text
+    assert "does not exist (video_path of list.jsonl:2)" in page.text
+    assert _status(cache_latents, "--dataset_config", config, "--dry_run", "--allow_failed") == 0
 
 
 def test_a_dataset_of_caches_alone(cached_demo, tmp_path: Path) -> None:

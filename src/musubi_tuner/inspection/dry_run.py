@@ -21,7 +21,15 @@ from musubi_tuner.config.caching import CacheLatentsConfig
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import AUDIO_RATE, audio_latent_length, latent_grid
 from musubi_tuner.dataset.cache import CacheName, list_caches
-from musubi_tuner.dataset.clips import AudioSource, ItemPlan, PreparedClip, base_name, iter_clips, plan_item
+from musubi_tuner.dataset.clips import (
+    AudioSource,
+    ItemPlan,
+    PreparedClip,
+    base_name,
+    iter_clips,
+    plan_item,
+    require_files,
+)
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.media import MediaError
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry, check_mode, load_dataset_config
@@ -81,7 +89,7 @@ def _estimate(entry: DatasetEntry, config: CacheLatentsConfig, mode: Mode, worke
     listing = list_items(entry)
     if listing.problems:
         logger.warning("%s: %s", entry.label, summarize_problems(listing.problems))
-    plans, failed = _plans(entry, listing.items, _audio_source(config), workers)
+    plans, failed = _plans(entry, listing.items, _audio_source(config), with_audio=mode == "av", workers=workers)
     clips = [(plan, window) for plan in plans for window in _windows(plan)]
     existing = list_caches(entry.cache_directory)
     item_bytes = parse_dtype(config.encoding.vae_dtype).itemsize
@@ -109,11 +117,12 @@ def _audio_source(config: CacheLatentsConfig) -> AudioSource:
 
 
 def _plans(
-    entry: DatasetEntry, items: Sequence[SourceItem], source: AudioSource, workers: int
+    entry: DatasetEntry, items: Sequence[SourceItem], source: AudioSource, *, with_audio: bool, workers: int
 ) -> tuple[list[ItemPlan], int]:
     """From headers, and the number of files that have no readable one."""
 
     def work(item: SourceItem) -> Iterator[ItemPlan]:
+        require_files(item, with_audio=with_audio)
         yield plan_item(item, entry, source)
 
     plans, failed = [], 0

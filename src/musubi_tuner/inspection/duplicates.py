@@ -64,7 +64,7 @@ def _grouped(pairs: Iterable[tuple[K, Place]]) -> list[list[Place]]:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return path.stat().st_size if path.is_file() else 0
     except OSError:
         return 0
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import Size, audio_latent_length, latent_grid
-from musubi_tuner.dataset.clips import AudioSource, ItemPlan, PreparedClip, iter_clips, plan_item
+from musubi_tuner.dataset.clips import AudioSource, ItemPlan, PreparedClip, iter_clips, plan_item, require_files
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.schema import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem
@@ -86,14 +86,17 @@ def examine(item: SourceItem, entry: DatasetEntry, *, mode: Mode, audio_source: 
     plan: ItemPlan | None = None
     timing: Timing | None = None
     try:
+        require_files(item, with_audio=mode == "av")
         plan = plan_item(item, entry, audio_source)
         if plan.size is not None:
             findings += size_findings(plan.size, plan.bucket)
         rate = entry.source_fps or plan.fps
-        if item.kind == "video" and item.path.is_file() and rate:
+        if item.kind == "video" and rate:
             timing = read_timing(item.path, entry, rate)
             findings += _timing_findings(timing)
         for clip in iter_clips(item, entry, with_audio=mode == "av", audio_source=audio_source):
+            if item.path.is_dir() and not clips:
+                findings += _order_findings(clip)
             clips.append(_clip_report(clip, timing, pictures=len(clips) < CLIPS_SHOWN))
         findings += _length_findings(entry, plan, clips)
     except UserError as error:
@@ -162,6 +165,12 @@ def _timing_findings(timing: Timing) -> Iterable[Finding]:
     if timing.rate.resample and timing.rate.source < timing.rate.target - 1:
         text = f"{timing.rate.source:.5g} FPS is below target_fps {timing.rate.target:.5g}: frames are repeated"
         yield Finding("repeats frames", f"{text}; set target_fps")
+
+
+def _order_findings(clip: PreparedClip) -> Iterable[Finding]:
+    """Of a folder of images whose names are in another order than their numbers."""
+    notes = clip.notes[:-1] if clip.audio_status == "absent" else clip.notes
+    yield from (Finding("order of images", note) for note in notes if "by name" in note)
 
 
 def _length_findings(entry: DatasetEntry, plan: ItemPlan, clips: list[ClipReport]) -> Iterable[Finding]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musubi_tuner.dataset.frames import ClipWindow, FrameRate, is_regular, needs_resampling, resample_indices
+from musubi_tuner.dataset.image_sequence import ImageSequence
 from musubi_tuner.dataset.media import frame_times
 from musubi_tuner.dataset.schema import DatasetEntry
 
@@ -65,12 +66,12 @@ class Timing:
 
 
 def read_timing(path: Path, entry: DatasetEntry, detected: float) -> Timing:
-    """Apply the dataset's frame-rate rule to the packets of a video, without decoding.
+    """Apply the dataset's frame-rate rule to a video (or folder of images), without decoding.
 
     Raises:
         MediaError: the file is damaged.
     """
-    times = frame_times(path)
+    times = ImageSequence(path, detected).times() if path.is_dir() else frame_times(path)
     source = entry.source_fps or detected
     given = entry.source_fps is not None
     resample = needs_resampling(source, entry.target_fps)

@@ -256,7 +256,7 @@ def test_all_problems_are_reported_together(folder) -> None:
         "general.video_directory",
         "datasets[0].batch_size",
         "datasets[1]",
-        "datasets[2].video_jsonl_file",
+        "datasets[2].cache_directory",
         "datasets[3].cache_directory",
         "validation_datasets[0].image_directory",
     }

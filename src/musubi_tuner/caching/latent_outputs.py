@@ -131,7 +131,7 @@ def _clip_sound(
         return None
     clip = dict(_clip_settings(entry, item, bucket, window))
     clip.pop("bucket")  # the picture's size does not change the sound
-    settings = clip | {"audio_source": recipe.audio_source.kind, "dtype": dtype_name(recipe.audio_dtype)}
+    settings = clip | {"audio_source": recipe.audio_source.kind_for(item), "dtype": dtype_name(recipe.audio_dtype)}
     steps = audio_latent_length(int((window.count if window else 1) / entry.target_fps * AUDIO_RATE))
     return Output(
         entry.cache_directory / str(name),

@@ -18,7 +18,7 @@ from torch import Tensor
 from musubi_tuner.common.progress import progress
 from musubi_tuner.dataset.buckets import floor_frames
 from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches, split_clip_base, write_audio, write_latents
-from musubi_tuner.dataset.clips import PreparedClip, base_name, iter_clips, plan_item
+from musubi_tuner.dataset.clips import PreparedClip, base_name, iter_clips, plan_item, require_files
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
@@ -222,6 +222,7 @@ class _DatasetRun:
         """The item's clips if, by its header, all its caches are current; ``None`` if it must be decoded."""
         if item.stem not in self.existing:
             return None
+        require_files(item, with_audio=self.recipe.mode == "av")
         plan = plan_item(item, self.entry, self.recipe.audio_source)
         windows: tuple[ClipWindow | None, ...] = (None,) if item.kind == "audio" else plan.windows
         # Headers may count frames wrongly. A cache beyond what they promise, of a length that is wanted, may be

@@ -104,7 +104,8 @@ def _text_metadata(entry: DatasetEntry, item: SourceItem, recipe: TextRecipe, *,
         "dtype": dtype_name(recipe.dtype),
         "modalities": "video and audio" if with_audio else "video",
     }
-    source = caption_path(item.path, entry.caption_extension)
+    listed_in = entry.source if entry.listed else None
+    source = listed_in or caption_path(item.path, entry.caption_extension)
     return provenance(
         source if source.is_file() else item.path, recipe.connectors, settings, content_in_settings=True
     ) | {"ltx2_mode": recipe.mode}

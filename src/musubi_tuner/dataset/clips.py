@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,6 +29,7 @@ from .frames import (
     output_length,
     sample_frames,
 )
+from .image_sequence import ImageSequence
 from .media import (
     MediaError,
     Video,
@@ -58,8 +59,14 @@ class AudioSource:
     directory: Path | None = None  # of the files; None: beside the video
     extension: str = ".wav"
 
+    def kind_for(self, item: SourceItem) -> Literal["video", "audio_files"]:
+        """``kind``, unless the item names a file of its own."""
+        return self.kind if item.audio is None else "audio_files"
+
     def locate(self, item: SourceItem) -> Path:
-        """The file that should hold the item's sound: the video itself or ``<stem><extension>``."""
+        """The file that should hold the item's sound: the listed one, the video itself or ``<stem><extension>``."""
+        if item.audio is not None:
+            return item.audio
         if self.kind == "video":
             return item.path
         suffix = "." + self.extension.lstrip(".")
@@ -147,8 +154,9 @@ def iter_clips(
         decode_threads: of one video decoder; 0 = one for each core.
 
     Raises:
-        MediaError: the file is damaged, of unknown frame rate, or too small for a bucket.
+        MediaError: the file is missing, damaged, of unknown frame rate, or too small for a bucket.
     """
+    require_files(item, with_audio=with_audio)
     if item.kind == "image":
         yield _image_clip(item, entry)
     elif item.kind == "audio":
@@ -156,6 +164,22 @@ def iter_clips(
     else:
         sound = audio_source or AudioSource() if with_audio else None
         yield from _video_clips(item, entry, sound, decode_threads)
+
+
+def require_files(item: SourceItem, *, with_audio: bool) -> None:
+    """Check that what a list names is there.
+
+    Raises:
+        MediaError: it is not. The message names the line.
+    """
+    if item.place is None:  # found in a directory
+        return
+    files = [(f"{item.kind}_path", item.path), ("audio_path", item.audio if with_audio else None)]
+    for name, path in files:
+        if path is None or path.is_file() or (name == "video_path" and path.is_dir()):
+            continue
+        what = "is not a file" if path.exists() else "does not exist"
+        raise MediaError(f"{path}: {what} ({name} of {item.place}); correct or remove the line")
 
 
 def _image_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
@@ -180,10 +204,10 @@ def _audio_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
         samples = track.read_all()
         _warn_of_damage(track)
     if isinstance(samples, NoAudio):
-        raise MediaError(f"{item.path}: {samples.reason}; remove it from the directory")
+        raise MediaError(f"{item.path}: {samples.reason}; remove it from the dataset")
     waveform = to_16k(samples, track.rate)
     if waveform.shape[1] < SHORTEST_SOUND:
-        raise MediaError(f"{item.path}: {_too_short(waveform)}; remove it from the directory")
+        raise MediaError(f"{item.path}: {_too_short(waveform)}; remove it from the dataset")
     _warn_if_cut_short(item.path, waveform.shape[1] / AUDIO_RATE)
     return PreparedClip(
         base_name=base_name(item, None),
@@ -202,7 +226,7 @@ def _video_clips(
     item: SourceItem, entry: DatasetEntry, sound: AudioSource | None, decode_threads: int
 ) -> Iterator[PreparedClip]:
     with ExitStack() as stack:
-        video = stack.enter_context(open_video(item.path, threads=decode_threads))
+        video = stack.enter_context(_open(item, entry, decode_threads))
         bucket = _bucket(item, entry, video.info.size)
         rate, length, notes = _frame_rate(video, entry)
         track = _open_track(stack, video, item, sound) if sound else None
@@ -230,6 +254,17 @@ def _video_clips(
             _warn_of_damage(track)
 
 
+def _open(item: SourceItem, entry: DatasetEntry, threads: int) -> AbstractContextManager[Video | ImageSequence]:
+    if item.path.is_dir():
+        return nullcontext(_sequence(item, entry))
+    return open_video(item.path, threads=threads)
+
+
+def _sequence(item: SourceItem, entry: DatasetEntry) -> ImageSequence:
+    """Without a rate of its own every image becomes one frame."""
+    return ImageSequence(item.path, entry.source_fps or entry.target_fps)
+
+
 def _bucket(item: SourceItem, entry: DatasetEntry, size: Size) -> Size:
     bucket = entry.bucket(size)
     if bucket is None:
@@ -243,17 +278,20 @@ def _bucket(item: SourceItem, entry: DatasetEntry, size: Size) -> Size:
 # --- frame rate ---------------------------------------------------------------------------------------------
 
 
-def _frame_rate(video: Video, entry: DatasetEntry) -> tuple[FrameRate, int | None, tuple[str, ...]]:
+def _frame_rate(video: Video | ImageSequence, entry: DatasetEntry) -> tuple[FrameRate, int | None, tuple[str, ...]]:
     """The frame-rate rule for one video, the number of output frames if the extraction needs it, notes."""
     name, rule = video.path.name, entry.extraction
     rate = _nominal_rate(video.path, video.info.fps, entry)
-    if not rate.given:
-        logger.info("Auto-detected source FPS: %.2f for %s", rate.source, name)
     notes: list[str] = []
+    if isinstance(video, ImageSequence):
+        if video.misplaced:
+            notes.append("frames are taken by name: {} comes before {}; pad the numbers".format(*video.misplaced))
+    elif not rate.given:
+        logger.info("Auto-detected source FPS: %.2f for %s", rate.source, name)
     length = None
     check = not (rate.resample or rate.given)
     if check or rule.mode == "uniform":
-        times = frame_times(video.path, None if rule.limit is None else rule.limit + 1)
+        times = _times(video, None if rule.limit is None else rule.limit + 1)
         if check and not is_regular(times, rate.source):
             rate = replace(rate, resample=True)
             notes.append("variable frame rate: frames are chosen by their time")
@@ -265,6 +303,10 @@ def _frame_rate(video: Video, entry: DatasetEntry) -> tuple[FrameRate, int | Non
     for note in notes:
         logger.warning("%s: %s", name, note)
     return rate, length if rule.mode == "uniform" else None, tuple(notes)
+
+
+def _times(video: Video | ImageSequence, limit: int | None) -> list[float]:
+    return video.times(limit) if isinstance(video, ImageSequence) else frame_times(video.path, limit)
 
 
 def _nominal_rate(path: Path, detected: float | None, entry: DatasetEntry) -> FrameRate:
@@ -283,8 +325,12 @@ def _nominal_rate(path: Path, detected: float | None, entry: DatasetEntry) -> Fr
 # --- sound --------------------------------------------------------------------------------------------------
 
 
-def _open_track(stack: ExitStack, video: Video, item: SourceItem, sound: AudioSource) -> AudioTrack | NoAudio:
+def _open_track(
+    stack: ExitStack, video: Video | ImageSequence, item: SourceItem, sound: AudioSource
+) -> AudioTrack | NoAudio:
     path = sound.locate(item)
+    if path.is_dir():
+        return NoAudio("a folder of images has no sound")
     if path != item.path and not path.is_file():
         return NoAudio(f"no file {path}")
     # A file of its own starts with the video.
@@ -353,7 +399,7 @@ def plan_item(item: SourceItem, entry: DatasetEntry, audio_source: AudioSource |
     if item.kind == "audio":
         info = probe_audio(item.path)
         if isinstance(info, NoAudio):
-            raise MediaError(f"{item.path}: {info.reason}; remove it from the directory")
+            raise MediaError(f"{item.path}: {info.reason}; remove it from the dataset")
         return ItemPlan(
             item,
             entry.resolution,
@@ -370,7 +416,7 @@ def plan_item(item: SourceItem, entry: DatasetEntry, audio_source: AudioSource |
 
 
 def _plan_video(item: SourceItem, entry: DatasetEntry, sound: AudioSource) -> ItemPlan:
-    info = probe_video(item.path)
+    info = _sequence(item, entry).info if item.path.is_dir() else probe_video(item.path)
     rate = _nominal_rate(item.path, info.fps, entry)
     pace = info.fps or rate.source
     stored = info.frames or round((info.duration or 0.0) * pace)

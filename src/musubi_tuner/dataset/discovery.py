@@ -130,7 +130,7 @@ class _Search:
 
     def _captions(self) -> dict[str, str] | None:
         """Caption by stem, or ``None`` when the sources are not there."""
-        if self.entry.source is None or not self.entry.source.is_dir():
+        if self.entry.source is None or not self.entry.source.exists():
             return None
         listing = list_items(self.entry)
         self.found.sources = len(listing.items) + len(listing.problems)
@@ -228,7 +228,8 @@ class _Search:
 
 def _made_from_other_states(latents: Mapping[str, str], audio: Mapping[str, str]) -> bool:
     """Whether one file gave both and changed in between (mode video was cached again, mode av was not)."""
-    same_file = "source_name" in latents and latents["source_name"] == audio.get("source_name")
+    same_name = "source_name" in latents and latents["source_name"] == audio.get("source_name")
+    same_file = same_name and cached_settings(audio).get("audio_source") != "audio_files"
     return same_file and latents.get("source_mtime_ns") != audio.get("source_mtime_ns")
 
 

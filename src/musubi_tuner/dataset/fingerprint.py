@@ -22,6 +22,7 @@ from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.config.model import Mode
 
 from .cache import legacy_slice
+from .files import scan_directory
 from .items import MODALITIES, CachedItem, CacheProblem, EncoderRecord, Repair, TrainingSet
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,17 @@ def cache_key(parts: Mapping[str, object]) -> str:
 
 
 def source_stamp(path: Path) -> dict[str, str]:
-    """Size and modification time of a file, or of all files in a directory of images."""
-    stats = [p.stat() for p in sorted(path.iterdir())] if path.is_dir() else [path.stat()]
-    return {
+    """Size and modification time of a file, or of all images in a directory with their order."""
+    files = scan_directory(path, "image") if path.is_dir() else [path]
+    stats = [file.stat() for file in files]
+    stamp = {
         "source_size": str(sum(s.st_size for s in stats)),
         "source_mtime_ns": str(max((s.st_mtime_ns for s in stats), default=0)),
     }
+    if path.is_dir():  # renamed or exchanged frames keep the sum and the latest date
+        frames = [[f.name, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)]
+        stamp["source_frames"] = cache_key({"frames": frames})
+    return stamp
 
 
 def provenance(

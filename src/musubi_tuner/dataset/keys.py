@@ -106,13 +106,14 @@ def one_of(*choices: str) -> Parser:
 _VIDEO: tuple[Kind, ...] = ("video",)
 _AUDIO: tuple[Kind, ...] = ("audio",)
 
-SOURCES: Mapping[str, Kind] = {f"{kind}_directory": kind for kind in KINDS}
+SOURCES: Mapping[str, Kind] = {f"{kind}_{form}": kind for form in ("directory", "jsonl_file") for kind in KINDS}
 
 KEYS: Mapping[str, Key] = {
     **{name: Key(text, kinds=(kind,)) for name, kind in SOURCES.items()},
     "cache_directory": Key(text),
     "resolution": Key(size, (960, 544)),
     "caption_extension": Key(extension, ".txt"),
+    "caption_field": Key(text, "caption"),
     "batch_size": Key(count, 1),
     "num_repeats": Key(count, 1),
     "enable_bucket": Key(boolean, False),
@@ -144,7 +145,6 @@ COMMAND_LINE_DEFAULTS = frozenset(
 )
 
 NOT_YET_SUPPORTED: Mapping[str, str] = {
-    **dict.fromkeys((f"{kind}_jsonl_file" for kind in KINDS), "JSONL lists"),
     **dict.fromkeys(
         (
             "reference_directory",
@@ -176,7 +176,7 @@ IGNORED: Mapping[str, str] = dict.fromkeys(
 
 COMMAND_LINE_ONLY = frozenset(
     """
-    audio_only_sequence_resolution audio_only_target_fps audio_only_target_resolution caption_field
+    audio_only_sequence_resolution audio_only_target_fps audio_only_target_resolution
     audio_video_latent_channels dataset_config debug_dataset debug_mode device gemma_root keep_cache
     gradient_accumulation_steps learning_rate ltx2_audio_dir ltx2_audio_dtype ltx2_audio_ext ltx2_mode
     ltx2_audio_source ltx2_checkpoint ltx_version max_train_epochs max_train_steps mixed_precision seed

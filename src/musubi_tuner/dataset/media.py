@@ -192,7 +192,7 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     pictures = av.stream.Disposition.attached_pic
     stream = next((s for s in container.streams.video if not s.disposition & pictures), None)
     if stream is None or stream.codec_context is None:
-        raise MediaError(f"{path}: holds no video stream that can be decoded; remove it from the directory")
+        raise MediaError(f"{path}: holds no video stream that can be decoded; remove it from the dataset")
     return stream
 
 

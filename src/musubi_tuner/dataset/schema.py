@@ -22,6 +22,7 @@ from musubi_tuner.config.model import Mode
 from .buckets import SPATIAL_STRIDE, Size, choose_bucket, floor_frames, floor_to
 from .files import Kind, duplicate_stems, media_kind, scan_directory
 from .frames import Extraction, ExtractionRule
+from .jsonl import read_media_list
 from .keys import COMMAND_LINE_DEFAULTS, IGNORED, KEYS, SOURCES, show, unknown_key
 
 if sys.version_info >= (3, 11):
@@ -41,10 +42,11 @@ class DatasetEntry:
 
     label: str  # its place in the file, "datasets[1]"
     kind: Kind
-    source: Path | None  # directory of the media; None with cache_only
+    source: Path | None  # directory of the media, or the JSONL file that lists them; None with cache_only
     cache_directory: Path
     resolution: Size = (960, 544)
-    caption_extension: str = ".txt"
+    caption_extension: str = ".txt"  # of caption files in a directory
+    caption_field: str = "caption"  # of captions in a JSONL file
     batch_size: int = 1
     num_repeats: int = 1
     enable_bucket: bool = False
@@ -53,6 +55,7 @@ class DatasetEntry:
     video_loss_weight: float | None = None
     audio_loss_weight: float | None = None
     cache_only: bool = False
+    listed: bool = False  # source is a JSONL file
     # video
     target_frames: tuple[int, ...] = (1,)
     frame_extraction: Extraction = "head"
@@ -68,6 +71,11 @@ class DatasetEntry:
     def bucket(self, size: Size) -> Size | None:
         """The bucket of an item of ``size`` (width, height); None: too small for one without enlarging."""
         return choose_bucket(size, self.resolution, enable_bucket=self.enable_bucket, no_upscale=self.bucket_no_upscale)
+
+    @property
+    def source_key(self) -> str:
+        """The key of the configuration that gives ``source``."""
+        return f"{self.kind}_jsonl_file" if self.listed else f"{self.kind}_directory"
 
     @property
     def extraction(self) -> ExtractionRule:
@@ -140,7 +148,8 @@ def load_dataset_config(
     _check_cache_directories(config, report)
     if need_sources:
         for entry in config.entries():
-            report.problems += [f"{entry.label}.{problem}" for problem in _source_problems(entry)]
+            problems = _list_problems(entry, report) if entry.listed else _source_problems(entry)
+            report.problems += [f"{entry.label}.{problem}" for problem in problems]
     if report.problems:
         raise ConfigErrors(report.problems, f"{file}: invalid dataset configuration")
     for warning in report.warnings:
@@ -261,31 +270,29 @@ def _entry(
             _reject(label, name, kind, report)
 
     given = [name for name in SOURCES if name in table]
-    # Another key that names a source is already reported as not supported yet.
-    other_source = any(name.endswith("_jsonl_file") for name in table)
-    if len(given) > 1 or not (given or other_source or values["cache_only"]):
+    if len(given) > 1 or not (given or values["cache_only"]):
         found = ", ".join(given) or "none"
         report.problems.append(f"{label}: expected exactly one of {', '.join(SOURCES)}, found {found}")
-    source_value = values.pop(f"{kind}_directory")
-    for other in SOURCES:
-        values.pop(other, None)
+    sources = {name: value for name in SOURCES if (value := values.pop(name, None)) is not None}
+    source_key, source_value = next(iter(sources.items()), (None, None))
+    listed = source_key == f"{kind}_jsonl_file"
     cache_value = values.pop("cache_directory")
-    if source_value is None and cache_value is None:
-        if values["cache_only"]:
-            report.problems.append(f"{label}.cache_directory: needed with cache_only")
-        return None
-
-    source = _resolve(source_value, file.parent) if source_value else None
-    cache = _resolve_cache(cache_value, file.parent, source_value, source)
+    has_cache = cache_value is not None or (source_value is not None and not listed)
+    if not has_cache and (listed or values["cache_only"]):
+        report.problems.append(f"{label}.cache_directory: needed with {source_key or 'cache_only'}")
     _check_resolution(label, kind, values, report)
     if kind == "video":
         _settle_extraction(label, values, report)
     values["bucket_no_upscale"] = values["bucket_no_upscale"] and values["enable_bucket"]
+    if not has_cache:
+        return None
+    source = _resolve(source_value, file.parent) if source_value else None
     return DatasetEntry(
         label=label,
         kind=kind,
         source=None if values["cache_only"] else source,
-        cache_directory=cache,
+        cache_directory=_resolve_cache(cache_value, file.parent, source_value, source),
+        listed=listed,
         **values,
     )
 
@@ -372,10 +379,28 @@ def _check_cache_directories(config: DatasetConfig, report: _Report) -> None:
             )
 
 
+def _list_problems(entry: DatasetEntry, report: _Report) -> Iterator[str]:
+    if entry.source is None:
+        return
+    name = entry.source_key
+    try:
+        listing = read_media_list(entry.source, entry.kind, entry.caption_field)
+    except ConfigErrors as error:
+        yield from (f"{name}: {problem}" for problem in error.problems)
+        return
+    except UserError as error:
+        yield f"{name}: {error}"
+        return
+    if not listing.media:
+        yield f"{name}: {entry.source} lists nothing"
+    if listing.ignored:
+        report.warnings.append(f"{entry.label}.{name}: keys without effect: {', '.join(listing.ignored)}")
+
+
 def _source_problems(entry: DatasetEntry) -> Iterator[str]:
     if entry.source is None:
         return
-    name = f"{entry.kind}_directory"
+    name = entry.source_key
     if not entry.source.is_dir():
         what = "is not a directory" if entry.source.exists() else "does not exist"
         yield f"{name}: {entry.source} {what}"

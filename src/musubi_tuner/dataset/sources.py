@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from musubi_tuner.common.errors import ConfigErrors, UserError
 
 from .files import Kind, duplicate_stems, scan_directory
+from .jsonl import read_media_list
 from .schema import DatasetEntry
 
 
@@ -16,10 +17,12 @@ from .schema import DatasetEntry
 class SourceItem:
     """One media file and what is said about it."""
 
-    path: Path
+    path: Path  # of videos also a directory of images
     stem: str  # file name without its last extension; names the caches
     caption: str
     kind: Kind
+    audio: Path | None = None  # the sound of a video, where a list names a file of its own
+    place: str | None = None  # "clips.jsonl:3" of items that are listed
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,19 @@ class ItemListing:
 
 
 def list_items(entry: DatasetEntry) -> ItemListing:
-    """Items of a dataset, sorted by path. An item without a readable caption becomes a problem.
+    """Items of a dataset: of a directory sorted by path, of a JSONL file in its order.
 
-    A dataset that is read from its caches only has none.
+    In a directory an item without a readable caption becomes a problem. Listed media need not exist. A dataset
+    that is read from its caches only has no items.
 
     Raises:
-        ConfigErrors: files whose caches would collide.
-        UserError: the directory cannot be read.
+        ConfigErrors: files whose caches would collide, lines that cannot be used.
+        UserError: the directory or the JSONL file cannot be read.
     """
     if entry.source is None:
         return ItemListing((), ())
+    if entry.listed:
+        return ItemListing(tuple(_listed_items(entry.source, entry)), ())
     try:
         paths = scan_directory(entry.source, entry.kind)
     except OSError as error:
@@ -70,6 +76,11 @@ def list_items(entry: DatasetEntry) -> ItemListing:
         else:
             items.append(SourceItem(path, path.stem, caption, entry.kind))
     return ItemListing(tuple(items), tuple(problems))
+
+
+def _listed_items(file: Path, entry: DatasetEntry) -> Iterator[SourceItem]:
+    for media in read_media_list(file, entry.kind, entry.caption_field).media:
+        yield SourceItem(media.path, media.path.stem, media.caption, entry.kind, audio=media.audio, place=media.place)
 
 
 def caption_path(media: Path, extension: str) -> Path:

@@ -33,8 +33,8 @@ def show_timesteps(config: TrainNetworkConfig) -> int:
     levels = level_quantiles(level_sampler(config, config.version.ltx_version), grid)
     shares = bin_shares(levels)
     title = (
-        f"{config.timestep.timestep_sampling}, LTX-{config.version.ltx_version}: noise levels for {grid[0]} x {grid[1]} x "
-        f"{grid[2]} latent frames, rows, columns; mean {float(levels.mean()):.3f}, median {float(levels.median()):.3f}"
+        f"{config.timestep.timestep_sampling}, LTX-{config.version.ltx_version}: noise levels for {grid[0]} latent "
+        f"frames of {grid[1]} x {grid[2]}; mean {float(levels.mean()):.3f}, median {float(levels.median()):.3f}"
     )
     if config.timestep.show_timesteps == "console":
         print(histogram(shares, title))

@@ -40,7 +40,6 @@ def show_timesteps(config: TrainNetworkConfig) -> int:
         print(histogram(shares, title))
     else:
         path = (config.save.output_dir or Path()) / "timesteps.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             _picture(shares, title).save(temporary, format="PNG")
         logger.info("%s\nwrote %s", title, path)

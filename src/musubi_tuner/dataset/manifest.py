@@ -191,7 +191,7 @@ def _report_saved(path: Path, config: DatasetConfig, found: Mapping[str, _Cached
         if cached.text_due:
             logger.info("%s: %d listed text caches are still to be made", entry.label, cached.text_due)
     if failures:
-        logger.warning("%s: %d failures in this run; what failed is not listed", path, failures)
+        logger.warning("%s: failures of this run: %d; what failed is not listed", path, failures)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def load_dataset_manifest(
     for warning in report.warnings:
         logger.warning("%s: %s", file.name, warning)
     if isinstance(failures := raw.get("failures"), int) and failures > 0:
-        logger.warning("%s: was saved by a run with %d failures; what failed is not in it", file.name, failures)
+        logger.warning("%s: failures of the run that saved it: %d; what failed is not in it", file.name, failures)
     return config
 
 
@@ -324,7 +324,7 @@ class _Reader:
     def locate_config(self, value: object) -> Path | None:
         if not isinstance(value, str):
             return None
-        return next((path for path in self._candidates(value) if path.is_file()), Path(value))
+        return next((path.resolve() for path in self._candidates(value) if path.is_file()), Path(value))
 
     def _candidates(self, value: str) -> Iterator[Path]:
         # As it is first: on this system a backslash may be a part of a name.

@@ -65,7 +65,8 @@ class _Cached:
 def save_dataset_manifest(path: Path, config: DatasetConfig, *, text_is_cached: bool, failures: int = 0) -> None:
     """Write the manifest of what is cached now of a configuration's datasets.
 
-    Listed are the caches that training would use. What failed is not among them, so a manifest never promises
+    Called at the end of a caching run, also of one with failures; an interrupted run leaves an older manifest as it
+    was. Listed are the caches that training would use. What failed is not among them, so a manifest never promises
     more than there is.
 
     Args:
@@ -324,7 +325,7 @@ class _Reader:
     def locate_config(self, value: object) -> Path | None:
         if not isinstance(value, str):
             return None
-        return next((path.resolve() for path in self._candidates(value) if path.is_file()), Path(value))
+        return next((path.resolve() for path in self._candidates(value) if path.is_file()), self.places[0] / value)
 
     def _candidates(self, value: str) -> Iterator[Path]:
         # As it is first: on this system a backslash may be a part of a name.

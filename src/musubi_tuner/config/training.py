@@ -8,7 +8,7 @@ from typing import Literal
 
 from .flag import flag
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
-from .sampling import PreviewConfig, SampleDecodeConfig
+from .sampling import PreviewConfig, SampleConditioningConfig, SampleDecodeConfig
 
 
 def steps_or_share(text: str) -> float:
@@ -177,6 +177,7 @@ class TrainNetworkConfig:
     timestep: TimestepConfig = TimestepConfig()
     loss: LossConfig = LossConfig()
     preview: PreviewConfig = PreviewConfig()
+    conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()
     save: SaveConfig = SaveConfig()
     tracking: TrackingConfig = TrackingConfig()

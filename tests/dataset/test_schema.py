@@ -219,7 +219,7 @@ def test_training_needs_no_sources(folder) -> None:
             "needs reference_directory or control_directory",
         ),
         (
-            'reference_cache_directory = "cache"',
+            'reference_directory = "x"\nreference_cache_directory = "videos"',
             "reference_cache_directory: is also the cache_directory of datasets[0]",
         ),
         ('mask_directory = "x"', "does not exist"),

@@ -158,9 +158,7 @@ def apply_loras(
 
 def _latent_cache(config: GenerateVideoConfig) -> CacheChoice:
     options = config.generate
-    commands = RepairCommands(
-        Path("<dataset.toml>"), config.checkpoint.ltx2_checkpoint, mode=config.checkpoint.ltx2_mode
-    )
+    commands = RepairCommands(None, config.checkpoint.ltx2_checkpoint, mode=config.checkpoint.ltx2_mode)
     sizes = {name: getattr(options, name) for name in ("width", "height", "sample_num_frames")}
     return cache_choice(config.conditioning, options.sample_prompts, commands, sizes=sizes)
 

@@ -137,7 +137,7 @@ def _latents(
     cache = cache_choice(
         config.conditioning,
         preview.sample_prompts,
-        RepairCommands(config.data.dataset_config, config.checkpoint.ltx2_checkpoint, mode),
+        RepairCommands(config.data.dataset_config or datasets.made_from, config.checkpoint.ltx2_checkpoint, mode),
         default=datasets.datasets[0].cache_directory / LATENTS_NAME,
         sizes={name: getattr(preview, name) for name in ("width", "height", "sample_num_frames")},
     )

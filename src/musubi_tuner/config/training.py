@@ -8,7 +8,7 @@ from typing import Literal
 
 from .flag import flag
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
-from .sampling import PreviewConfig, SampleDecodeConfig
+from .sampling import PreviewConfig, SampleConditioningConfig, SampleDecodeConfig
 
 
 def steps_or_share(text: str) -> float:
@@ -229,6 +229,7 @@ class TrainNetworkConfig:
     loss: LossConfig = LossConfig()
     audio_loss: AudioLossConfig = AudioLossConfig()
     preview: PreviewConfig = PreviewConfig()
+    conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()
     save: SaveConfig = SaveConfig()
     tracking: TrackingConfig = TrackingConfig()

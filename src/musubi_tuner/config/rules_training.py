@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
+from .rules_saving import resume_exists, rotation, uploads
 from .training import TrainNetworkConfig
 
 # Flags of the usual commands whose work arrives with the memory features.
@@ -52,10 +53,10 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
             "sample_prompts": config.preview.sample_prompts,
             "gemma_root": config.gemma.gemma_root,
             "gemma_safetensors": config.gemma.gemma_safetensors,
-            "resume": config.save.resume,
         }
     )
     yield from folder("output_dir", config.save.output_dir)
+    yield from resume_exists(config.save, config.hub)
 
 
 def ranges(config: TrainNetworkConfig) -> Iterable[str]:
@@ -154,7 +155,7 @@ def mode_fits(config: TrainNetworkConfig) -> Iterable[str]:
 
 def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     """Flags that exclude or need each other."""
-    gemma, preview, save = config.gemma, config.preview, config.save
+    gemma, preview = config.gemma, config.preview
     if gemma.gemma_load_in_8bit and gemma.gemma_load_in_4bit:
         yield "--gemma_load_in_8bit and --gemma_load_in_4bit exclude each other"
     if gemma.gemma_safetensors and (gemma.gemma_load_in_8bit or gemma.gemma_load_in_4bit):
@@ -169,10 +170,8 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
         yield "--sample_prompts needs --gemma_root, --gemma_safetensors or --use_precached_sample_prompts"
     yield from dtypes({"vae_dtype": config.precision.vae_dtype})
     yield from samples(config.decode, config.checkpoint.ltx2_mode)
-    for kind in ("epochs", "steps"):
-        for suffix in ("", "_state"):
-            if getattr(save, f"save_last_n_{kind}{suffix}") is not None and not getattr(save, f"save_every_n_{kind}"):
-                yield f"--save_last_n_{kind}{suffix} needs --save_every_n_{kind}"
+    yield from rotation(config.save)
+    yield from uploads(config.save, config.hub)
     if config.tracking.log_with in ("tensorboard", "all") and config.tracking.logging_dir is None:
         yield f"--log_with {config.tracking.log_with} needs --logging_dir"
 

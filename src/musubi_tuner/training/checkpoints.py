@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.common.atomic import write_text
+from musubi_tuner.common.atomic import is_partial, target_of, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ def sidecar_path(original: Path) -> Path:
 
 
 def write_sidecar(path: Path, values: Mapping[str, Any]) -> None:
-    """The ``.json`` beside a LoRA; absent values are left out."""
-    write_text(path, json.dumps({k: v for k, v in values.items() if v is not None}, indent=2) + "\n")
+    """The ``.json`` beside a LoRA."""
+    write_text(path, json.dumps(dict(values), indent=2) + "\n")
 
 
 def outdated(point: SavePoint, every: int, keep: int | None) -> SavePoint | None:
@@ -82,6 +83,12 @@ def _remove(*paths: Path) -> None:
         if path.exists():
             logger.info("removing old checkpoint %s", path)
             path.unlink()
+
+
+def leftovers(output_dir: Path, name: str) -> list[Path]:
+    """What saves of this name that did not come to their end left behind."""
+    ours = re.compile(re.escape(name) + r"(-\d{6,}|-step\d{8,})?(-state|(\.comfy)?\.safetensors|\.json)")
+    return [p for p in sorted(output_dir.iterdir()) if is_partial(p) and ours.fullmatch(target_of(p).name)]
 
 
 def describe(paths: Iterable[Path]) -> str:

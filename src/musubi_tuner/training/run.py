@@ -14,6 +14,7 @@ from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.models.checkpoint import Checkpoint
 
 from .data import make_loader, read_datasets
+from .hub import make_uploader
 from .plan import report_plan, run_facts
 from .previews import Previewer, make_decoders, prepare_jobs, wants_previews
 from .resume import find_resumed, resume_settings
@@ -66,6 +67,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     loop = loop_settings(config, loader, optimizer, compute.accelerator)
     if resumed:
         resumed.restore(network, optimizer, names, resume_settings(config, loop))
+        compute.accelerator.wait_for_everyone()  # the first process tidies the folder that all have read from
     task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
     scaler = make_scaler(compute, progress)
     facts = run_facts(config, version, progress, loop, loader, optimizer, task, compute)
@@ -73,7 +75,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
 
     listeners: list[Listener] = [ScalarLog(compute.accelerator)]
     if compute.accelerator.is_main_process:
-        listeners.append(Saver(config, facts, network, optimizer, names, resume_settings(config, loop), scaler))
+        settings, uploader = resume_settings(config, loop), make_uploader(config.hub)
+        listeners.append(Saver(config, facts, network, optimizer, names, settings, scaler, uploader))
     previewer = None
     if jobs and compute.accelerator.is_main_process:
         previewer = Previewer(config, jobs, decoders, transformer, network, compute.device, compute.dtype)
@@ -116,5 +119,7 @@ def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], prog
             "--weighting_scheme %s has no effect: LTX-2 is trained with equal weight at every noise level",
             config.timestep.weighting_scheme,
         )
+    if not (config.save.convert_to_comfy or config.save.save_original_lora):
+        logger.warning("--no_convert_to_comfy and --no_save_original_lora leave no format: the original is kept")
     if config.optimizer.seed not in (None, progress.seed):
         logger.warning("--seed %d: the resumed run goes on with its own, %d", config.optimizer.seed, progress.seed)

@@ -71,6 +71,13 @@ def tidy(leftovers: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; while that goes on it has another name, so that what bears its own is never half removed."""
+    aside = folder.with_name(f"{folder.name}{_MARK}{uuid.uuid4().hex[:8]}")
+    folder.replace(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def to_disk(path: Path) -> None:
     """Wait for a file's content to reach the disk: after a power cut a renamed file may otherwise be empty."""
     with path.open("r+b") as file:

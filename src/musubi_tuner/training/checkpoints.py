@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.common.atomic import is_partial, target_of, write_text
+from musubi_tuner.common.atomic import is_partial, remove_folder, target_of, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def remove_state(output_dir: Path, name: str, point: SavePoint) -> None:
     folder = state_path(output_dir, name, point)
     if folder.is_dir():
         logger.info("removing old state %s", folder)
-        shutil.rmtree(folder)
+        remove_folder(folder)
 
 
 def _remove(*paths: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,12 +22,13 @@ from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches, split_
 from musubi_tuner.dataset.clips import PreparedClip, base_name, iter_clips, plan_item, require_files
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
-from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
+from musubi_tuner.dataset.sources import SourceItem, list_items
 
 from .latent_outputs import ClipOutputs, LatentRecipe, clip_outputs
 from .pipeline import (
     Failed,
     Output,
+    StoppedError,
     Summary,
     default_workers,
     outdated,
@@ -66,6 +68,7 @@ class RunOptions:
     workers: int | None = None  # None: by the CPUs
     skip_existing: bool = False
     keep_cache: bool = False
+    strict: bool = False  # stop at the first failure
 
 
 def cache_latents(
@@ -87,11 +90,12 @@ def cache_latents(
         audio_vae: not needed in mode video.
         options: how to run.
     """
-    summary = Summary()
+    summary = Summary(strict=options.strict)
     encoder = _Encoder(recipe, video_vae, audio_vae)
-    for entry in config.entries():
-        if entry.source is not None:
-            _DatasetRun(entry, recipe, encoder, options, summary).run()
+    with suppress(StoppedError):
+        for entry in config.entries():
+            if entry.source is not None:
+                _DatasetRun(entry, recipe, encoder, options, summary).run()
     return summary
 
 
@@ -148,8 +152,7 @@ class _DatasetRun:
     def run(self) -> None:
         entry, label = self.entry, self.entry.label
         listing = list_items(entry)
-        if listing.problems:
-            logger.warning("%s: %s", label, summarize_problems(listing.problems))
+        self.summary.leave_out(label, entry.kind, listing.problems)
         streams = read_ahead(
             listing.items,
             self._prepare,
@@ -165,6 +168,8 @@ class _DatasetRun:
                 self.videos += item.kind == "video" and not failed
                 for length in lengths if not failed else ():
                     self.lengths[length] += 1
+                if item.kind == "video" and not (lengths or failed):
+                    self.summary.count_short(label, item.path.name)
                 bar.update()
             for jobs in self.groups.rest():
                 self._encode(jobs)

@@ -15,8 +15,10 @@ from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig
 from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.fingerprint import short_list
 from musubi_tuner.dataset.items import EncoderRecord
-from musubi_tuner.dataset.schema import check_mode, load_dataset_config
+from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
+from musubi_tuner.dataset.sources import require_captions, stray_captions
 from musubi_tuner.models.checkpoint import Checkpoint
 
 from .latent_outputs import LatentRecipe, VirtualGeometry
@@ -32,20 +34,39 @@ logger = logging.getLogger(__name__)
 _PRECISION = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def read_datasets(config: DatasetRunConfig, mode: Mode) -> tuple[DatasetConfig, Mode]:
+    """The dataset configuration of a caching run, and the mode that it has.
+
+    Raises:
+        UserError: something in the configuration is wrong or, if the flags want all captions, one is missing.
+    """
+    assert config.dataset_config is not None
+    datasets = load_dataset_config(config.dataset_config, command_line={"caption_field": config.caption_field})
+    mode = check_mode(datasets, mode)
+    if config.strict or config.strict_captions:
+        require_captions(datasets)
+    for entry in datasets.entries():
+        if strays := stray_captions(entry):
+            logger.warning(
+                "%s: captions without a file that is used: %s; are they of another extension?",
+                entry.label,
+                short_list(strays),
+            )
+    return datasets, mode
+
+
 def run_cache_latents(config: CacheLatentsConfig) -> int:
     """``ltx2_cache_latents.py``: the exit status.
 
     Raises:
         UserError: the request cannot be carried out; nothing has been encoded then.
     """
-    assert config.dataset.dataset_config is not None
     assert config.checkpoint.ltx2_checkpoint is not None
     # Imported here: each script is spared the other's libraries.
     from musubi_tuner.models.audio_vae import load_audio_vae
     from musubi_tuner.models.video_vae import load_video_vae
 
-    datasets = load_dataset_config(config.dataset.dataset_config)
-    mode = check_mode(datasets, config.checkpoint.ltx2_mode)
+    datasets, mode = read_datasets(config.dataset, config.checkpoint.ltx2_mode)
     device = choose_device(config.dataset.device)
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     vae_checkpoint = Checkpoint.open(config.encoding.vae) if config.encoding.vae else checkpoint
@@ -124,14 +145,12 @@ def run_cache_text(config: CacheTextConfig) -> int:
     Raises:
         UserError: the request cannot be carried out; nothing has been encoded then.
     """
-    assert config.dataset.dataset_config is not None
     assert config.checkpoint.ltx2_checkpoint is not None
     # Imported here: each script is spared the other's libraries.
     from musubi_tuner.generation.prompt_cache import DEFAULT_NAME
     from musubi_tuner.generation.text_encoding import load_encoder
 
-    datasets = load_dataset_config(config.dataset.dataset_config)
-    mode = check_mode(datasets, config.checkpoint.ltx2_mode)
+    datasets, mode = read_datasets(config.dataset, config.checkpoint.ltx2_mode)
     device = choose_device(config.dataset.device)
     text = config.text
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
@@ -166,7 +185,9 @@ def _gemma_id(gemma: GemmaConfig) -> str:
 
 
 def _options(config: DatasetRunConfig) -> RunOptions:
-    return RunOptions(config.batch_size, config.num_workers, config.skip_existing, config.keep_cache)
+    return RunOptions(
+        config.batch_size, config.num_workers, config.skip_existing, config.keep_cache, strict=config.strict
+    )
 
 
 @contextmanager

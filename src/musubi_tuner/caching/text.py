@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,10 +22,10 @@ from musubi_tuner.dataset.discovery import text_mismatch
 from musubi_tuner.dataset.fingerprint import provenance
 from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
-from musubi_tuner.dataset.sources import SourceItem, caption_path, list_items, summarize_problems
+from musubi_tuner.dataset.sources import SourceItem, caption_path, list_items
 
 from .latents import RunOptions
-from .pipeline import Output, Summary, outdated, remove_orphans, remove_partial, stop_if_full
+from .pipeline import Output, StoppedError, Summary, outdated, remove_orphans, remove_partial, stop_if_full
 
 if TYPE_CHECKING:
     from musubi_tuner.generation.prompts import SamplePrompt
@@ -77,10 +78,11 @@ def cache_text(
 
     ``load_encoder`` is called only if something is to be encoded, so a run that finds all current is quick.
     """
-    summary = Summary()
-    for entry in config.entries():
-        if entry.source is not None:
-            _cache_dataset(entry, recipe, load_encoder, options, summary)
+    summary = Summary(strict=options.strict)
+    with suppress(StoppedError):
+        for entry in config.entries():
+            if entry.source is not None:
+                _cache_dataset(entry, recipe, load_encoder, options, summary)
     return summary
 
 
@@ -126,8 +128,7 @@ def _cache_dataset(
 ) -> None:
     label = entry.label
     listing = list_items(entry)
-    if listing.problems:
-        logger.warning("%s: %s", label, summarize_problems(listing.problems))
+    summary.leave_out(label, "text", listing.problems)
     remove_partial(entry.cache_directory, ("text",))
     tally = summary.tally(label, "text")
     due: list[tuple[SourceItem, Output]] = []

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .caching import CAPTION_FIELD_HELP
 from .flag import flag
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
 from .sampling import PreviewConfig, SampleDecodeConfig
@@ -53,6 +54,7 @@ class DataConfig:
     separate_audio_buckets: bool | None = flag(None, "keep items with and without sound in separate batches")
     audio_bucket_strategy: Literal["pad", "truncate"] | None = flag(None, "bring audio lengths of a bucket together")
     audio_bucket_interval: float | None = flag(None, "step of the audio length buckets, seconds")
+    caption_field: str | None = flag(None, CAPTION_FIELD_HELP, metavar="NAME")
     audio_only_sequence_resolution: int = flag(
         64, "mode audio: side of the virtual video for the timestep shift; 0 = as cached"
     )

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from musubi_tuner.caching.pipeline import Failed, default_workers, read_ahead
+from musubi_tuner.caching.run import read_datasets
 from musubi_tuner.common.atomic import atomic_path
 from musubi_tuner.common.progress import progress
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.config.caching import CacheLatentsConfig
 from musubi_tuner.dataset.buckets import AUDIO_RATE, audio_latent_length, latent_grid
 from musubi_tuner.dataset.clips import AudioSource, PreparedClip, iter_clips
-from musubi_tuner.dataset.schema import DatasetEntry, check_mode, load_dataset_config
+from musubi_tuner.dataset.schema import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
 from musubi_tuner.generation.decode import Sound
 from musubi_tuner.generation.write import write_mp4, write_wav
@@ -38,14 +39,12 @@ def show_prepared(config: CacheLatentsConfig, form: Form) -> int:
     Raises:
         UserError: the dataset configuration is wrong.
     """
-    path, audio = config.dataset.dataset_config, config.audio
-    assert path is not None
-    datasets = load_dataset_config(path)
-    mode = check_mode(datasets, config.checkpoint.ltx2_mode)
+    audio = config.audio
+    datasets, mode = read_datasets(config.dataset, config.checkpoint.ltx2_mode)
     source = AudioSource(audio.ltx2_audio_source, audio.ltx2_audio_dir, audio.ltx2_audio_ext)
     failed = 0
     for entry in datasets.entries():
-        folder = path.parent / FOLDER / entry.label.replace("[", "_").replace("]", "")
+        folder = datasets.path.parent / FOLDER / entry.label.replace("[", "_").replace("]", "")
         failed += _show_dataset(
             entry,
             form,

@@ -26,6 +26,7 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
         "separate_audio_buckets": data.separate_audio_buckets,
         "audio_bucket_strategy": data.audio_bucket_strategy,
         "audio_bucket_interval": data.audio_bucket_interval,
+        "caption_field": data.caption_field,
     }
     datasets = load_dataset_config(data.dataset_config, command_line=options, need_sources=False)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)

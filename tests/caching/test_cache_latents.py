@@ -80,6 +80,7 @@ def test_videos_with_sound(videos: Path, caplog) -> None:
     assert metadata == {
         **{"architecture": "ltx2_v1", "format_version": "1.0.1", "width": "128", "height": "64"},
         **{"frame_count": "17", "target_fps": "25.0", "bucket": "128x64", "start_frame": "0"},
+        "frame_extraction": "head",
         **{"source_name": "a.mp4", "source_size": str(stat.st_size), "source_mtime_ns": str(stat.st_mtime_ns)},
         "encoder_id": "video id",
     }

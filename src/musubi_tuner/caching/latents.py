@@ -33,6 +33,7 @@ from .pipeline import (
     default_workers,
     outdated,
     read_ahead,
+    record_extraction,
     remove_orphans,
     remove_partial,
     stop_if_full,
@@ -266,6 +267,7 @@ class _DatasetRun:
         assert name is not None
         self.produced.add(name)
         if isinstance(result, _Current):
+            record_extraction(result.outputs.latents)
             self._count_current(result, item, name.base)
         else:
             self.summary.count_reasons(result.reasons)
@@ -313,6 +315,8 @@ class _DatasetRun:
                 self.summary.fail(label, "audio", clip.base_name, error)
                 return False
             tally.encoded += 1
+            if clip.silent_end:
+                self.summary.partly_silent.append(f"{clip.base_name} (its last {clip.silent_end:.2f} s)")
         return True
 
     def _drop_old_sound(self, outputs: ClipOutputs) -> None:
@@ -326,6 +330,9 @@ class _DatasetRun:
         label, kind = self.entry.label, jobs[0].clip.item.kind
         wanted = [(job.clip, job.latents) for job in jobs if job.latents is not None]
         try:
+            for job in jobs:
+                if job.latents is None:
+                    record_extraction(job.outputs.latents)
             if wanted:
                 self.encoder.store_latents(self.entry, wanted)
         except Exception as error:

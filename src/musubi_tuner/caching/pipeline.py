@@ -15,9 +15,9 @@ from typing import Generic, TypeVar
 
 from musubi_tuner.common.atomic import is_partial
 from musubi_tuner.common.errors import ConfigErrors, UserError
-from musubi_tuner.common.safetensors_io import SafetensorsFile
+from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.common.tables import format_table
-from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches
+from musubi_tuner.dataset.cache import EXTRACTION_KEY, CacheKind, CacheName, list_caches
 from musubi_tuner.dataset.fingerprint import stale_reason
 from musubi_tuner.dataset.schema import DatasetConfig
 from musubi_tuner.dataset.sources import Problem, summarize_problems
@@ -187,6 +187,15 @@ def outdated(output: Output) -> str | None:
     return None if None in reasons else reasons[0]
 
 
+def record_extraction(output: Output) -> None:
+    """Note in a clip that is kept under which rule its video was cut now. Its tensors are copied."""
+    file = SafetensorsFile(output.path)
+    recorded = file.metadata.get(EXTRACTION_KEY)
+    if recorded is not None and recorded != output.metadata.get(EXTRACTION_KEY, recorded):
+        metadata = {**file.metadata, EXTRACTION_KEY: output.metadata[EXTRACTION_KEY]}
+        save_safetensors(dict(file.read()), output.path, metadata)
+
+
 # --- orphans ------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +247,7 @@ class Summary:
         self.too_short: list[str] = []  # videos that gave no clip
         self.silent: list[str] = []  # clips without sound, where sound was asked for
         self.partly_silent: list[str] = []  # clips whose sound ends before their picture
+        self.cut_captions: list[str] = []  # that are longer than what the text encoder reads
         self.reasons: Counter[str] = Counter()  # why files were made again
         self.needless = 0  # files made again although they were current
         self.empty: list[str] = []  # datasets that gave nothing
@@ -281,6 +291,11 @@ class Summary:
             elif reason != MISSING:
                 self.reasons[reason] += 1
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the run ended at its first failure."""
+        return self.strict and bool(self.failures)
+
     def failed_in(self, dataset: str) -> int:
         return sum(tally.failed for (label, _), tally in self._tallies.items() if label == dataset)
 
@@ -305,6 +320,8 @@ class Summary:
                 len(self.partly_silent),
                 _shown(self.partly_silent),
             )
+        if self.cut_captions:
+            logger.warning("%d captions were cut off: %s", len(self.cut_captions), _shown(self.cut_captions))
         if self.too_short:
             logger.warning("%d videos shorter than every clip: %s", len(self.too_short), _shown(self.too_short))
         if self.uncaptioned:
@@ -315,7 +332,7 @@ class Summary:
             logger.error("and %d more failed", len(self.failures) - _FAILURES_SHOWN)
         for label in self.empty:
             logger.error("%s: nothing to cache", label)
-        if self.strict and self.failures:
+        if self.stopped:
             logger.error("stopped at the first failure (--strict); --skip_existing continues from here")
         return 0 if allow_failed else int(bool(self.failures or self.empty or self.uncaptioned))
 

@@ -148,7 +148,7 @@ def run_cache_text(config: CacheTextConfig) -> int:
     assert config.checkpoint.ltx2_checkpoint is not None
     # Imported here: each script is spared the other's libraries.
     from musubi_tuner.generation.prompt_cache import DEFAULT_NAME
-    from musubi_tuner.generation.text_encoding import load_encoder
+    from musubi_tuner.generation.text_encoding import load_encoder, prompt_length
 
     datasets, mode = read_datasets(config.dataset, config.checkpoint.ltx2_mode)
     device = choose_device(config.dataset.device)
@@ -160,7 +160,12 @@ def run_cache_text(config: CacheTextConfig) -> int:
     prepare_directories(datasets)
     dtype = _PRECISION[text.mixed_precision]
     recipe = TextRecipe(
-        mode, _encoder("text", source, checkpoint), _gemma_id(config.gemma), dtype, text.legacy_text_keys
+        mode,
+        _encoder("text", source, checkpoint),
+        _gemma_id(config.gemma),
+        dtype,
+        text.legacy_text_keys,
+        max_length=prompt_length(),
     )
 
     @cache
@@ -169,7 +174,7 @@ def run_cache_text(config: CacheTextConfig) -> int:
 
     with _resumable():
         summary = cache_text(datasets, recipe, encoder, options=_options(config.dataset))
-    if prompts:
+    if prompts and not summary.stopped:
         path = text.sample_prompts_cache or datasets.datasets[0].cache_directory / DEFAULT_NAME
         cache_sample_prompts(path, prompts, recipe, encoder())
     return summary.finish(allow_failed=config.dataset.allow_failed)

@@ -40,6 +40,7 @@ class Encoder(Protocol):
     """What is used of :class:`musubi_tuner.models.text_encoder.TextEncoder`."""
 
     def encode(self, prompts: Sequence[str], mode: Mode) -> PromptEmbeds: ...
+    def excess_tokens(self, prompt: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class TextRecipe:
     gemma_id: str
     dtype: torch.dtype = torch.float32
     legacy_keys: bool = True
+    max_length: int | None = None  # tokens of a padded caption; None: as the text encoder has it
 
 
 def gemma_fingerprint(path: Path, quantization: str = "none") -> str:
@@ -106,6 +108,8 @@ def _text_metadata(entry: DatasetEntry, item: SourceItem, recipe: TextRecipe, *,
         "dtype": dtype_name(recipe.dtype),
         "modalities": "video and audio" if with_audio else "video",
     }
+    if recipe.max_length is not None:
+        settings["max_length"] = str(recipe.max_length)
     listed_in = entry.source if entry.listed else None
     source = listed_in or caption_path(item.path, entry.caption_extension)
     return provenance(
@@ -168,6 +172,9 @@ def _encode_batch(
         summary.fail(label, "text", batch[0][0].path.name, error)
     else:
         summary.tally(label, "text").encoded += len(batch)
+        for item, _ in batch:
+            if excess := encoder.excess_tokens(item.caption):
+                summary.cut_captions.append(f"{item.path.name} (the last {excess} tokens)")
 
 
 def _store(batch: list[tuple[SourceItem, Output]], recipe: TextRecipe, encoder: Encoder) -> None:

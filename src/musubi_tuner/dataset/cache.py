@@ -38,6 +38,9 @@ from .buckets import Size
 ARCHITECTURE = "ltx2_v1"
 FORMAT_VERSION = "1.0.1"
 
+# Metadata of a clip: how its video was cut. Not what the clip holds, but which others should be there.
+EXTRACTION_KEY = "frame_extraction"
+
 CacheKind = Literal["latents", "audio", "text", "dino", "mask"]
 Grid = tuple[int, int, int]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +24,10 @@ from .frames import (
     FrameRate,
     clip_windows,
     cut_clips,
-    is_regular,
     needs_resampling,
     output_length,
     sample_frames,
+    settle_rate,
 )
 from .image_sequence import ImageSequence
 from .media import (
@@ -46,6 +46,8 @@ from .sources import SourceItem
 logger = logging.getLogger(__name__)
 
 AudioStatus = Literal["present", "absent", "not requested"]
+
+_SILENT_END = 0.1  # seconds; sound that ends a little early is usual
 
 # Beyond these a container's rate is a damaged or meaningless value.
 _LOWEST_FPS, _HIGHEST_FPS = 1.0, 1000.0
@@ -87,6 +89,7 @@ class PreparedClip:
     audio_status: AudioStatus
     original_size: Size | None  # (width, height) as shown
     notes: tuple[str, ...] = ()
+    silent_end: float = 0.0  # seconds at the end for which the file has no more sound
 
     @property
     def duration(self) -> float:
@@ -249,9 +252,12 @@ def _video_clips(
                 audio_status=status,
                 original_size=video.info.size,
                 notes=notes + reason,
+                silent_end=_silent_end(track, cut) if status == "present" else 0.0,
             )
         if isinstance(track, AudioTrack):
             _warn_of_damage(track)
+            if track.ended and track.path != item.path:
+                _warn_if_cut_short(track.path, track.seconds)
 
 
 def _open(item: SourceItem, entry: DatasetEntry, threads: int) -> AbstractContextManager[Video | ImageSequence]:
@@ -281,7 +287,7 @@ def _bucket(item: SourceItem, entry: DatasetEntry, size: Size) -> Size:
 def _frame_rate(video: Video | ImageSequence, entry: DatasetEntry) -> tuple[FrameRate, int | None, tuple[str, ...]]:
     """The frame-rate rule for one video, the number of output frames if the extraction needs it, notes."""
     name, rule = video.path.name, entry.extraction
-    rate = _nominal_rate(video.path, video.info.fps, entry)
+    rate = nominal_rate(video.path, video.info.fps, entry)
     notes: list[str] = []
     if isinstance(video, ImageSequence):
         if video.misplaced:
@@ -292,8 +298,8 @@ def _frame_rate(video: Video | ImageSequence, entry: DatasetEntry) -> tuple[Fram
     check = not (rate.resample or rate.given)
     if check or rule.mode == "uniform":
         times = _times(video, None if rule.limit is None else rule.limit + 1)
-        if check and not is_regular(times, rate.source):
-            rate = replace(rate, resample=True)
+        rate = settle_rate(rate, times, rule.limit)
+        if rate.variable:
             notes.append("variable frame rate: frames are chosen by their time")
         length = output_length(len(times), times[-1] + 1.0 / rate.source, rate)
     if rate.resample:
@@ -309,7 +315,12 @@ def _times(video: Video | ImageSequence, limit: int | None) -> list[float]:
     return video.times(limit) if isinstance(video, ImageSequence) else frame_times(video.path, limit)
 
 
-def _nominal_rate(path: Path, detected: float | None, entry: DatasetEntry) -> FrameRate:
+def nominal_rate(path: Path, detected: float | None, entry: DatasetEntry) -> FrameRate:
+    """The frame-rate rule for a file as far as its rate alone decides; see :func:`.frames.settle_rate`.
+
+    Raises:
+        MediaError: the rate is neither known nor given.
+    """
     source = entry.source_fps or detected
     if source is None or not _LOWEST_FPS <= source <= _HIGHEST_FPS:
         found = "unknown" if source is None else f"{source:.6g}"
@@ -351,6 +362,13 @@ def _clip_sound(
     if samples.shape[1] < SHORTEST_SOUND:
         return None, "absent", (_too_short(samples),)
     return samples, "present", ()
+
+
+def _silent_end(track: AudioTrack | NoAudio | None, cut: Cut[np.ndarray]) -> float:
+    if not isinstance(track, AudioTrack) or not track.ended:
+        return 0.0
+    missing = cut.end - max(track.seconds, cut.start)
+    return missing if missing > _SILENT_END else 0.0
 
 
 def _too_short(waveform: np.ndarray) -> str:
@@ -417,7 +435,7 @@ def plan_item(item: SourceItem, entry: DatasetEntry, audio_source: AudioSource |
 
 def _plan_video(item: SourceItem, entry: DatasetEntry, sound: AudioSource) -> ItemPlan:
     info = _sequence(item, entry).info if item.path.is_dir() else probe_video(item.path)
-    rate = _nominal_rate(item.path, info.fps, entry)
+    rate = nominal_rate(item.path, info.fps, entry)
     pace = info.fps or rate.source
     stored = info.frames or round((info.duration or 0.0) * pace)
     frames = output_length(stored, stored / pace, rate)

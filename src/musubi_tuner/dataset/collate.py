@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn.functional import pad
 
 from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.config.model import Mode
 
 from .batch import AudioLatents, Batch, SampleKey, TextEmbeds, VideoLatents
@@ -69,6 +71,26 @@ def load_batch(training_set: TrainingSet, spec: BatchSpec) -> Batch:
         for position, repeat in spec.samples
     ]
     return collate(loaded, audio_steps=spec.audio_steps, loss_weights=dataset.loss_weights)
+
+
+def damaged_files(training_set: TrainingSet, keys: Iterable[SampleKey]) -> list[Path]:
+    """Cache files of these samples that hold NaN or infinity, or cannot be read.
+
+    They are read again: looking into every batch would cost more than a batch in many thousands is worth.
+    """
+    datasets = {dataset.index: dataset for dataset in training_set.datasets}
+    wanted = {(key.dataset, key.name) for key in keys}
+    items = [item for index, dataset in datasets.items() for item in dataset.items if (index, item.base) in wanted]
+    paths = dict.fromkeys(path for item in items for path in (item.latents, item.audio, item.text) if path is not None)
+    return [path for path in paths if not _is_finite(path)]
+
+
+def _is_finite(path: Path) -> bool:
+    try:
+        tensors = SafetensorsFile(path).read()
+        return all(bool(t.isfinite().all()) for _, t in tensors if t.is_floating_point())
+    except (UserError, OSError):
+        return False
 
 
 def collate(

@@ -10,6 +10,7 @@ import torch
 
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.items import TrainingSet
 from musubi_tuner.dataset.schema import DatasetConfig
 from musubi_tuner.generation.decode import Decoders
 from musubi_tuner.generation.prompt_cache import DEFAULT_NAME, EncodedPrompt, load_prompt_cache
@@ -101,6 +102,19 @@ def prepare_jobs(
     prompts = load_prompts(preview.sample_prompts, defaults)
     encoded = _encoded(config, checkpoint, datasets, prompts, device)
     return [Job(index, prompt, e) for index, (prompt, e) in enumerate(zip(prompts, encoded, strict=True))]
+
+
+def warn_of_other_connectors(config: TrainNetworkConfig, training_set: TrainingSet, checkpoint: Checkpoint) -> None:
+    """Say that previews read other text embeddings than training does."""
+    own = checkpoint.encoder_id("text")
+    records = {item.made_by.text for item in training_set.items()}
+    replaced = own is not None and any(record and record.id != own and record.replaces == own for record in records)
+    if replaced and not config.preview.use_precached_sample_prompts:
+        logger.warning(
+            "the captions were cached with the connectors of another file (--ltx2_text_encoder_checkpoint), previews "
+            "are encoded with those of --ltx2_checkpoint; to see what is trained, cache the prompts with "
+            "--precache_sample_prompts and give --use_precached_sample_prompts"
+        )
 
 
 def make_decoders(config: TrainNetworkConfig, checkpoint: Checkpoint, *, device: torch.device) -> Decoders:

@@ -13,7 +13,7 @@ from musubi_tuner.models.checkpoint import Checkpoint
 
 from .data import make_loader, read_datasets
 from .plan import report_plan, run_facts
-from .previews import Previewer, make_decoders, prepare_jobs, wants_previews
+from .previews import Previewer, make_decoders, prepare_jobs, wants_previews, warn_of_other_connectors
 from .resume import find_resumed, resume_settings
 from .saving import Saver
 from .setup import (
@@ -53,7 +53,10 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     _warn_of_defaults(config, explicit, progress)
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
-    jobs = prepare_jobs(config, checkpoint, datasets, device=compute.device) if wants_previews(config) else []
+    jobs = []
+    if wants_previews(config):
+        warn_of_other_connectors(config, loader.plan.training_set, checkpoint)
+        jobs = prepare_jobs(config, checkpoint, datasets, device=compute.device)
     decoders = make_decoders(config, checkpoint, device=compute.device) if jobs else None
     transformer, network = load_model(config, checkpoint, compute, progress.seed)
     optimizer = make_optimizer(config, network)

@@ -10,7 +10,7 @@ import torch
 from musubi_tuner.common.av import AV
 from musubi_tuner.conditioning.caption_dropout import drop_captions
 from musubi_tuner.conditioning.intrinsic import condition_first_frame
-from musubi_tuner.dataset.batch import Batch, TextEmbeds
+from musubi_tuner.dataset.batch import Batch, SampleKey, TextEmbeds
 from musubi_tuner.diffusion.losses import LossTerm, task_losses
 from musubi_tuner.diffusion.noising import noise_batch, sample_generators
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
@@ -44,6 +44,7 @@ class TrainingView:
     tokens: AV[NoisedTokens]
     weights: AV[float]
     perturbations: Perturbations | None = None
+    keys: tuple[SampleKey, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -72,6 +73,7 @@ def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks
         tokens=tokens,
         weights=weights,
         perturbations=_silence_absent_audio(batch, tokens, num_blocks, settings.device),
+        keys=batch.keys,
     )
 
 

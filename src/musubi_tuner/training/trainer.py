@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -18,7 +19,8 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.log import warn_once
 from musubi_tuner.common.progress import progress as progress_bar
 from musubi_tuner.common.seeding import derive_seed
-from musubi_tuner.dataset.batch import Batch
+from musubi_tuner.dataset.batch import Batch, SampleKey
+from musubi_tuner.dataset.collate import damaged_files
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.diffusion.losses import total
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
@@ -91,6 +93,7 @@ class Trainer:
     listeners: Sequence[Listener] = ()
     scaler: torch.amp.GradScaler | None = None
     _skipped_in_a_row: int = field(init=False, default=0)
+    _damaged: set[Path] = field(init=False, default_factory=set)
 
     def run(self) -> None:
         """Train to the end.
@@ -158,7 +161,9 @@ class Trainer:
         self._set_lrs(state.global_step)
         tally: dict[str, list[Tensor]] = {name: [] for name in _LOSSES}
         num_tokens = 0
+        keys: list[SampleKey] = []
         for index, view in enumerate(window):
+            keys += view.keys
             for name, value in self._backward(view, index).items():
                 tally[name].append(value)
             num_tokens += view.num_tokens
@@ -166,7 +171,10 @@ class Trainer:
         prepare_next()
         losses = self._read(tally, grad_norm)
         norm, loss = losses.pop("grad_norm"), losses.pop("loss")
-        stepped = self._apply(math.isfinite(norm) and math.isfinite(loss))
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if not finite:
+            self._name_damaged(keys)
+        stepped = self._apply(finite)
         state.global_step += 1
         average = self._record(loss)
         lrs = {g.get("label", str(i)): g["lr"] for i, g in enumerate(self.optimizer.param_groups)}
@@ -242,6 +250,13 @@ class Trainer:
                 f"{self.progress.global_step + 1}); lower --learning_rate, or train with --mixed_precision bf16"
             )
         return False
+
+    def _name_damaged(self, keys: Sequence[SampleKey]) -> None:
+        """Name the cache files that made a step non-finite, each once; every process looks at its own batches."""
+        for path in damaged_files(self.loader.plan.training_set, keys):
+            if path not in self._damaged:
+                self._damaged.add(path)
+                logger.error("%s: holds NaN or infinity, or cannot be read; delete it and cache it again", path)
 
     def _record(self, loss: float) -> float:
         """Mean over the latest loss of each in-epoch step; non-finite losses are left out."""

@@ -363,6 +363,24 @@ def test_chunks_are_all_cached_and_kept(videos: Path) -> None:
     assert _counts(_run(entry, options=SKIP), "video") == (0, 9, 0, 0)
 
 
+def test_kept_clips_learn_of_another_extraction(videos: Path, caplog) -> None:
+    """Else training could not tell a video that gives one clip from one that lacks its others."""
+    _run(_entry(videos))
+    chunks = _entry(videos, frame_extraction="chunk")  # one chunk of 17 in 30 frames: nothing to encode
+    vae = FakeVideoVAE()
+    before = {name: read_latents(chunks.cache_directory / name) for name in _names(chunks) if "audio" not in name}
+    assert _counts(_run(chunks, options=SKIP, video_vae=vae), "video") == (0, 3, 0, 0)
+    assert vae.batches == []
+    for name, latents in before.items():
+        file = SafetensorsFile(chunks.cache_directory / name)
+        assert file.metadata["frame_extraction"] == "chunk"
+        assert file.metadata["frame_count"] == "17"
+        assert torch.equal(read_latents(file.path), latents)
+    times = [(chunks.cache_directory / name).stat().st_mtime_ns for name in before]
+    _run(chunks, options=SKIP)
+    assert [(chunks.cache_directory / name).stat().st_mtime_ns for name in before] == times
+
+
 def test_a_full_disk_ends_the_run_with_one_message(videos: Path, monkeypatch) -> None:
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
+from cache_files import one_dataset, write_item
 from torch import nn
 
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
+from musubi_tuner.dataset.batch import SampleKey
+from musubi_tuner.dataset.items import TrainingSet
+from musubi_tuner.dataset.sampling import BatchPlan
 from musubi_tuner.diffusion.losses import LossTerm
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
 from musubi_tuner.training import trainer as trainer_module
@@ -26,11 +33,13 @@ class View:
     video: float | None = 1.0
     audio: float | None = None
     num_tokens: int = 1
+    keys: tuple[SampleKey, ...] = ()
 
 
 @dataclass
 class Loader:
     views: list[View]
+    plan: BatchPlan = field(default_factory=lambda: BatchPlan(TrainingSet("video", ()), seed=0))
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
         return len(self.views)
@@ -73,7 +82,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_view", lambda self, batch, epoch: batch)
 
 
-def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=None, lr=0.1):
+def run(
+    views: list[View], *, plan: BatchPlan | None = None, steps: int, progress=None, accumulation=1, scaler=None, lr=0.1
+):
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -84,7 +95,7 @@ def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=
         model,
         [model.weight],
         optimizer,
-        Loader(views),
+        Loader(views, plan) if plan else Loader(views),
         task,
         loop,
         progress or Progress(seed=0),
@@ -126,6 +137,20 @@ def test_a_non_finite_loss_drops_one_step_only(scaled: bool):
     assert weight == pytest.approx(0.9)
     assert progress.skipped_steps == 1
     assert progress.epoch_losses == [pytest.approx(1.0)]
+
+
+def test_the_cache_that_makes_steps_non_finite_is_named_once(tmp_path: Path, caplog):
+    items = [write_item(tmp_path, name, audio_steps=3) for name in ("a", "b")]
+    file = SafetensorsFile(items[1].audio)
+    tensors = {key: t * float("nan") if t.is_floating_point() else t for key, t in file.read()}
+    save_safetensors(tensors, file.path, file.metadata)
+    plan = BatchPlan(one_dataset(items), seed=0)
+    bad = View(float("nan"), keys=(SampleKey("a"), SampleKey("b")))
+    with caplog.at_level(logging.ERROR):
+        run([bad, View(float("nan"), keys=(SampleKey("a"),)), View()], steps=6, plan=plan)
+    assert [m for m in caplog.messages if "NaN" in m] == [
+        f"{file.path}: holds NaN or infinity, or cannot be read; delete it and cache it again"
+    ]
 
 
 def test_twenty_non_finite_losses_in_a_row_end_the_run():

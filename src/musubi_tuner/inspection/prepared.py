@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 Form = Literal["image", "video", "console"]
 FOLDER = "debug"
-LIST = "written.txt"
 
 
 def show_prepared(config: CacheLatentsConfig, form: Form) -> int:
@@ -88,7 +87,7 @@ def _show_dataset(entry: DatasetEntry, form: Form, folder: Path, sound: AudioSou
 
 
 class _Written:
-    """The files that a run writes to a folder, by a list in it, so that the next run can remove them.
+    """The files that a run writes to a folder, by a list beside it, so that the next run can remove them.
 
     Nothing else is removed: the folder may hold files of the user's.
     """
@@ -96,7 +95,7 @@ class _Written:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._list = folder / LIST
+        self._list = folder.with_name(f"{folder.name}.written.txt")
         if self._list.is_file():
             for name in read_text(self._list).splitlines():
                 if name == Path(name).name and (folder / name).is_file():

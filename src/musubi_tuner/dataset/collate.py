@@ -106,7 +106,7 @@ def collate(
     videos = [item.video for item in items if item.video is not None]
     return Batch(
         video=VideoLatents(
-            latents=torch.stack(videos),  # [B, C, F, H, W]
+            latents=_stack(videos),  # [B, C, F, H, W]
             fps=torch.tensor([item.fps for item in items], dtype=torch.float32),
         )
         if videos
@@ -120,6 +120,11 @@ def collate(
         keys=tuple(item.key for item in items),
         loss_weights=loss_weights or AV(),
     )
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``, without a copy of a single one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _stack_audio(items: Sequence[LoadedItem], steps: int | None) -> AudioLatents | None:
@@ -141,7 +146,7 @@ def _stack_audio(items: Sequence[LoadedItem], steps: int | None) -> AudioLatents
 
 def _stack_text(items: Sequence[LoadedItem], modality: Modality) -> Tensor | None:
     parts = [item.text[modality] for item in items]
-    return None if any(part is None for part in parts) else torch.stack(parts)  # type: ignore[arg-type]
+    return None if any(part is None for part in parts) else _stack(parts)  # type: ignore[arg-type]
 
 
 def _stack_masks(items: Sequence[LoadedItem]) -> Tensor | None:

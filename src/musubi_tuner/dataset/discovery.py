@@ -301,7 +301,7 @@ def _bucket_mismatch(entry: DatasetEntry, header: LatentHeader) -> str | None:
         return None
     if (entry.bucket_no_upscale or foreign) and size[0] * size[1] <= area:
         return None
-    if entry.enable_bucket and size in bucket_sizes(entry.resolution):
+    if entry.enable_bucket and size in bucket_sizes(entry.resolution, entry.bucket_step):
         return None
     width, height = entry.resolution
     with_buckets = " with buckets" if entry.enable_bucket else ""

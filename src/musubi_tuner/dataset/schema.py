@@ -20,6 +20,13 @@ from musubi_tuner.common.text_files import read_text
 from musubi_tuner.config.model import Mode
 
 from .buckets import SPATIAL_STRIDE, Size, choose_bucket, floor_frames, floor_to
+from .companion_rules import (
+    CACHE_DIRECTORIES,
+    SOURCE_DIRECTORIES,
+    cache_directory_problems,
+    companion_problems,
+    directory_problems,
+)
 from .files import Kind, duplicate_stems, media_kind, scan_directory
 from .frames import Extraction, ExtractionRule
 from .jsonl import read_media_list
@@ -31,9 +38,6 @@ else:
     import tomli as tomllib
 
 logger = logging.getLogger(__name__)
-
-_SMALLEST_SIDE = SPATIAL_STRIDE
-_SMALLEST_BUCKETED = 2 * SPATIAL_STRIDE  # side of the equal-area square; below it buckets of width 0 appear
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,16 @@ class DatasetEntry:
     audio_loss_weight: float | None = None
     cache_only: bool = False
     listed: bool = False  # source is a JSONL file
+    # references and masks, found by the stem of the target
+    reference_directory: Path | None = None
+    control_directory: Path | None = None  # references that are named as control images are
+    reference_cache_directory: Path | None = None
+    reference_frames: int = 1
+    reference_downscale: int = 1  # the target's size is so many times the reference's
+    reference_audio_directory: Path | None = None
+    reference_audio_cache_directory: Path | None = None
+    mask_directory: Path | None = None
+    audio_mask_directory: Path | None = None
     # video
     target_frames: tuple[int, ...] = (1,)
     frame_extraction: Extraction = "head"
@@ -70,7 +84,18 @@ class DatasetEntry:
 
     def bucket(self, size: Size) -> Size | None:
         """The bucket of an item of ``size`` (width, height); None: too small for one without enlarging."""
-        return choose_bucket(size, self.resolution, enable_bucket=self.enable_bucket, no_upscale=self.bucket_no_upscale)
+        return choose_bucket(
+            size,
+            self.resolution,
+            enable_bucket=self.enable_bucket,
+            no_upscale=self.bucket_no_upscale,
+            step=self.bucket_step,
+        )
+
+    @property
+    def bucket_step(self) -> int:
+        """Pixels that the sides of a bucket are multiples of, so that those of a reference are multiples of 32."""
+        return SPATIAL_STRIDE * self.reference_downscale
 
     @property
     def source_key(self) -> str:
@@ -145,11 +170,11 @@ def load_dataset_config(
         for section in ("datasets", "validation_datasets")
     }
     config = DatasetConfig(sections["datasets"], sections["validation_datasets"], file)
-    _check_cache_directories(config, report)
+    report.problems += cache_directory_problems(config)
     if need_sources:
         for entry in config.entries():
             problems = _list_problems(entry, report) if entry.listed else _source_problems(entry)
-            report.problems += [f"{entry.label}.{problem}" for problem in problems]
+            report.problems += [f"{entry.label}.{problem}" for problem in (*problems, *directory_problems(entry))]
     if report.problems:
         raise ConfigErrors(report.problems, f"{file}: invalid dataset configuration")
     for warning in report.warnings:
@@ -281,12 +306,19 @@ def _entry(
     if not has_cache and (listed or values["cache_only"]):
         report.problems.append(f"{label}.cache_directory: needed with {source_key or 'cache_only'}")
     _check_resolution(label, kind, values, report)
+    report.problems += [f"{label}.{problem}" for problem in companion_problems(values, listed=listed)]
     if kind == "video":
         _settle_extraction(label, values, report)
     values["bucket_no_upscale"] = values["bucket_no_upscale"] and values["enable_bucket"]
     if not has_cache:
         return None
     source = _resolve(source_value, file.parent) if source_value else None
+    for name in SOURCE_DIRECTORIES:
+        if values.get(name) is not None:
+            values[name] = _resolve(values[name], file.parent)
+    for name in CACHE_DIRECTORIES:
+        if values[name] is not None:
+            values[name] = _resolve_cache(values[name], file.parent, source_value, source)
     return DatasetEntry(
         label=label,
         kind=kind,
@@ -326,18 +358,20 @@ def _check_resolution(label: str, kind: Kind, values: Mapping[str, Any], report:
         return
     width, height = values["resolution"]
     found = f"got {show([width, height])}"
-    if min(width, height) < _SMALLEST_SIDE:
-        report.problems.append(f"{label}.resolution: expected at least {_SMALLEST_SIDE} per side, {found}")
+    step = SPATIAL_STRIDE * values["reference_downscale"]
+    because = f" (32 x reference_downscale {values['reference_downscale']})" if step > SPATIAL_STRIDE else ""
+    if min(width, height) < step:
+        report.problems.append(f"{label}.resolution: expected at least {step} per side{because}, {found}")
     elif values["enable_bucket"]:
-        if math.isqrt(width * height) < _SMALLEST_BUCKETED:
-            limit = f"{_SMALLEST_BUCKETED}x{_SMALLEST_BUCKETED}"
+        if math.isqrt(width * height) < 2 * step:  # below it buckets of width 0 appear
             report.problems.append(
-                f"{label}.resolution: expected an area of at least {limit} with enable_bucket, {found}"
+                f"{label}.resolution: expected an area of at least {2 * step}x{2 * step} with enable_bucket"
+                f"{because}, {found}"
             )
-    elif width % SPATIAL_STRIDE or height % SPATIAL_STRIDE:
-        near = [max(floor_to(side + SPATIAL_STRIDE // 2, SPATIAL_STRIDE), SPATIAL_STRIDE) for side in (width, height)]
+    elif width % step or height % step:
+        near = [max(floor_to(side + step // 2, step), step) for side in (width, height)]
         report.problems.append(
-            f"{label}.resolution: expected multiples of {SPATIAL_STRIDE} without enable_bucket, {found}; "
+            f"{label}.resolution: expected multiples of {step}{because} without enable_bucket, {found}; "
             f"nearest: {show(near)}"
         )
 
@@ -363,20 +397,6 @@ def _settle_extraction(label: str, values: dict[str, Any], report: _Report) -> N
 
 
 # --- across entries -----------------------------------------------------------------------------------------
-
-
-def _check_cache_directories(config: DatasetConfig, report: _Report) -> None:
-    first: dict[str, str] = {}
-    for entry in config.entries():
-        key = os.path.normcase(entry.cache_directory)
-        other = first.setdefault(key, entry.label)
-        if entry.cache_directory.is_file():
-            report.problems.append(f"{entry.label}.cache_directory: {entry.cache_directory} is a file")
-        if other != entry.label:
-            report.problems.append(
-                f"{entry.label}.cache_directory: is also that of {other} ({entry.cache_directory}); "
-                "give each dataset its own"
-            )
 
 
 def _list_problems(entry: DatasetEntry, report: _Report) -> Iterator[str]:

@@ -116,7 +116,9 @@ def test_mode_video_is_refused_before_the_model_is_loaded(cached_demo, tmp_path:
 def test_persistent_workers_without_workers_are_warned_of(cached_demo, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(Trainer, "run", lambda self: None)
     train(arguments(cached_demo(), tmp_path, "--persistent_data_loader_workers"))
-    assert "--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0" in capsys.readouterr().err
+    assert (
+        "--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0" in capsys.readouterr().err
+    )
 
 
 def test_the_plan_of_a_run_follows_the_flags(cached_demo, tmp_path: Path, monkeypatch) -> None:

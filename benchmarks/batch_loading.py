@@ -9,8 +9,8 @@ with small tensors), then measures
   a few clips of real size (49 frames of 768x512 with sound, 1024 text tokens) show what is.
 
 Everything has been read once before it is measured, so files come from the page cache. Times are the best of
-``--rounds`` for the start, and medians over batches. The CPU time of the start beside its wall time tells how much of
-it was waiting for other programs.
+``--rounds`` for the start, and lower quartiles over batches. The CPU time of the start beside its wall time tells how
+much of it was waiting for other programs.
 
     python benchmarks/batch_loading.py --items 20000
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -104,6 +105,8 @@ def write_dataset(folder: Path, items: int, shapes: Shapes) -> Path:
         for name, content in contents.items():
             (cache / name.replace("00000", stem, 1)).write_bytes(content)
     (folder / "list.jsonl").write_text("".join(lines), encoding="utf-8")
+    if hasattr(os, "sync"):
+        os.sync()  # else the disk is still busy with them while they are read
     return folder
 
 
@@ -192,7 +195,7 @@ def batch_row(name: str, folder: Path, batches: int) -> Iterator[list[object]]:
                 result = ways[way](training_set, spec)
                 times[way].append(time.perf_counter() - begin)
                 read = result if way == "bytes" else read
-        whole, alone = (1e3 * statistics.median(times[way][1::2]) for way in ("batch", "bytes"))
+        whole, alone = (1e3 * statistics.quantiles(times[way][1::2])[0] for way in ("batch", "bytes"))
         yield [name, batch_size, f"{alone:.2f}", f"{whole:.2f}", f"{whole - alone:.2f}", f"{read / 1e6:.2f}"]
 
 

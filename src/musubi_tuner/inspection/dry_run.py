@@ -68,7 +68,7 @@ def run_dry_run(config: CacheLatentsConfig) -> int:
         UserError: the dataset configuration is wrong.
     """
     assert config.dataset.dataset_config is not None
-    datasets = load_dataset_config(config.dataset.dataset_config)
+    datasets = load_dataset_config(config.dataset.dataset_config, command_line=config.references.dataset_defaults)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)
     workers = config.dataset.num_workers or default_workers()
     rate = config.without.encode_rate

@@ -40,7 +40,7 @@ def show_prepared(config: CacheLatentsConfig, form: Form) -> int:
     """
     path, audio = config.dataset.dataset_config, config.audio
     assert path is not None
-    datasets = load_dataset_config(path)
+    datasets = load_dataset_config(path, command_line=config.references.dataset_defaults)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)
     source = AudioSource(audio.ltx2_audio_source, audio.ltx2_audio_dir, audio.ltx2_audio_ext)
     failed = 0

@@ -95,6 +95,16 @@ def latent_grid(frames: int, size: Size) -> tuple[int, int, int]:
     return latent_frames(frames), height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
 
 
+def pixel_frames(grid: tuple[int, int, int]) -> int:
+    """Frames of a latent ``(F, H, W)``."""
+    return (grid[0] - 1) * TEMPORAL_STRIDE + 1
+
+
+def pixel_size(grid: tuple[int, int, int]) -> Size:
+    """Size of a latent ``(F, H, W)``."""
+    return grid[2] * SPATIAL_STRIDE, grid[1] * SPATIAL_STRIDE
+
+
 # --- sound --------------------------------------------------------------------------------------------------
 
 

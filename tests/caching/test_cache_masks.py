@@ -175,6 +175,16 @@ def test_a_mask_of_another_shape_fails_alone(tmp_path: Path) -> None:
     assert "64x64, but a.mp4 is 128x64; a mask needs the same aspect ratio" in summary.failures[0]
 
 
+def test_a_mask_of_the_size_of_the_bucket_is_taken_as_it_is(tmp_path: Path) -> None:
+    _video(tmp_path, size=(256, 64))
+    picture = np.zeros((64, 128), np.uint8)
+    picture[:, :32] = 255
+    Image.fromarray(picture).save(tmp_path / "masks" / "a.png")
+    entry = _entry(tmp_path)
+    assert _run(entry).finish(allow_failed=False) == 0
+    assert _mask(entry).sum((0, 1)).tolist() == [6, 0, 0, 0]
+
+
 def test_masks_of_images(tmp_path: Path) -> None:
     for name, level in (("media", 100), ("masks", 255)):
         (tmp_path / name).mkdir()

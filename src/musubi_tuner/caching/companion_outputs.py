@@ -25,11 +25,11 @@ from musubi_tuner.dataset.cache import (
     write_latents,
     write_mask,
 )
-from musubi_tuner.dataset.companions import CompanionListing, Companions, Role, reference_frames
+from musubi_tuner.dataset.companions import CompanionListing, Companions, Role
 from musubi_tuner.dataset.files import media_kind
 from musubi_tuner.dataset.fingerprint import provenance, source_stamp
 from musubi_tuner.dataset.masks import read_audio_masks, read_masks
-from musubi_tuner.dataset.references import read_reference, read_reference_sound
+from musubi_tuner.dataset.references import read_reference, read_reference_sound, reference_shape
 from musubi_tuner.dataset.schema import DatasetEntry
 
 from .encoders import Encoders
@@ -77,8 +77,7 @@ def _one_reference(
 ) -> Work:
     directory = entry.reference_cache_directory
     assert directory is not None
-    size = bucket[0] // entry.reference_downscale, bucket[1] // entry.reference_downscale
-    frames = reference_frames(entry, references)
+    frames, size = reference_shape(entry, references, bucket)
 
     def outputs() -> list[Output]:
         metadata = _reference_metadata(entry, references, bucket, frames, encoders)

@@ -110,12 +110,21 @@ def find_companions(entry: DatasetEntry, items: Sequence[SourceItem], mode: Mode
     problems += _frame_problems(entry, found)
     if problems:
         raise ConfigErrors(problems, f"{entry.label}: references and masks that cannot be used")
-    needed = [role for role in roles if role != "audio mask" or mode != "video"]
-    missing = {role: tuple(item.path.name for item in items if not _part(found[item.path], role)) for role in needed}
-    return CompanionListing(found, {role: names for role, names in missing.items() if names})
+    missing: dict[Role, list[str]] = defaultdict(list)
+    for item in items:
+        for role in lacking(entry, mode, found[item.path]):
+            missing[role].append(item.path.name)
+    return CompanionListing(found, {role: tuple(missing[role]) for role in roles if role in missing})
 
 
-def _part(companions: Companions, role: Role) -> object:
+def lacking(entry: DatasetEntry, mode: Mode, companions: Companions) -> tuple[Role, ...]:
+    """What an item should have and has not. Audio masks are not missed in mode video."""
+    needed = [role for role in wanted_roles(entry, mode) if role != "audio mask" or mode != "video"]
+    return tuple(role for role in needed if not part(companions, role))
+
+
+def part(companions: Companions, role: Role) -> tuple[Path, ...] | Path | None:
+    """The file or files of one role."""
     return getattr(companions, "references" if role == "reference" else role.replace(" ", "_"))
 
 

@@ -47,8 +47,9 @@ def read_masks(
 ) -> list[np.ndarray]:
     """float32 ``[F, H, W]`` for each clip of ``item``, from its mask: an image, a video or a folder of images.
 
-    The mask is scaled and cut as the clip is. An image holds for all frames. A video is read once, by the frame-rate
-    rule of the dataset; its last frame is held where it is shorter than the clips.
+    The mask is scaled and cut as the clip is; one of the bucket's size is taken as it is. An image holds for all
+    frames. A video is read once, by the frame-rate rule of the dataset; its last frame is held where it is shorter
+    than the clips.
 
     Args:
         bucket: of the clips, (width, height).
@@ -59,7 +60,7 @@ def read_masks(
     """
     if media_kind(path) == "image" and not path.is_dir():
         pixels = read_image(path)
-        _check_shape(path, (pixels.shape[1], pixels.shape[0]), item, size)
+        _check_shape(path, (pixels.shape[1], pixels.shape[0]), item, bucket, size)
         cells = pool_cells(resize_to_bucket(pixels, bucket))[None]
     else:
         cells = _video_cells(path, item, entry, max(window.end for window in windows), bucket, size)
@@ -77,7 +78,7 @@ def _video_cells(
     cells: list[np.ndarray] = []
     last = -1
     with open_frames(path, entry) as video:
-        _check_shape(path, video.info.size, item, size)
+        _check_shape(path, video.info.size, item, bucket, size)
         rate, _, _ = frame_rate(video, entry, limit=frames)
         for sample in sample_frames(video.frames(), rate):
             if sample.frame is None or len(cells) == frames:
@@ -92,14 +93,14 @@ def _video_cells(
     return np.stack(cells)
 
 
-def _check_shape(path: Path, found: Size, item: SourceItem, size: Size | None) -> None:
-    if size is None:
+def _check_shape(path: Path, found: Size, item: SourceItem, bucket: Size, size: Size | None) -> None:
+    if size is None or found == bucket:
         return
     aspect, expected = found[0] / found[1], size[0] / size[1]
     if abs(aspect / expected - 1) > _ASPECT_TOLERANCE:
         raise MediaError(
             f"{path}: {found[0]}x{found[1]}, but {item.path.name} is {size[0]}x{size[1]}; a mask needs the same "
-            "aspect ratio"
+            f"aspect ratio, or the size of the bucket ({bucket[0]}x{bucket[1]})"
         )
 
 

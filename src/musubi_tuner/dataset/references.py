@@ -10,10 +10,17 @@ import numpy as np
 
 from .buckets import AUDIO_RATE, TEMPORAL_STRIDE, Size
 from .clips import frame_rate, open_frames, read_sound
+from .companions import reference_frames
 from .files import media_kind
 from .frames import sample_frames
 from .media import MediaError, read_image, resize_to_bucket
 from .schema import DatasetEntry
+
+
+def reference_shape(entry: DatasetEntry, references: Sequence[Path], bucket: Size) -> tuple[int, Size]:
+    """Pixel frames and (width, height) of the reference of targets in ``bucket``."""
+    width, height = (side // entry.reference_downscale for side in bucket)
+    return reference_frames(entry, references), (width, height)
 
 
 def read_reference(paths: Sequence[Path], entry: DatasetEntry, *, frames: int, size: Size) -> np.ndarray:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from musubi_tuner.cli.entry import entry
 from musubi_tuner.cli.parser import Parsed
 from musubi_tuner.config.caching import CacheLatentsConfig
-from musubi_tuner.config.rules_caching import latents, references, required, without_encoding
+from musubi_tuner.config.rules_caching import latents, references, required, sample_latents, without_encoding
 
 
 @entry(
     CacheLatentsConfig,
     "Encode the media of a dataset configuration into latent caches.",
     rules=[
-        lambda parsed: required(parsed.config),
-        lambda parsed: latents(parsed.config),
-        lambda parsed: references(parsed.config),
-        lambda parsed: without_encoding(parsed.config),
+        lambda parsed: [
+            violation
+            for rule in (required, latents, references, sample_latents, without_encoding)
+            for violation in rule(parsed.config)
+        ]
     ],
 )
 def main(parsed: Parsed[CacheLatentsConfig]) -> int:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 NAMES_SHOWN = 5
 
 # Settings that are also metadata entries of their own.
-_PUBLIC = ("target_fps", "bucket", "start_frame")
+_PUBLIC = ("target_fps", "bucket", "start_frame", "reference_frames", "reference_downscale")
 
 
 # --- provenance ---------------------------------------------------------------------------------------------
@@ -42,22 +42,22 @@ def cache_key(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def source_stamp(path: Path) -> dict[str, str]:
-    """Size and modification time of a file, or of all images in a directory with their order."""
-    files = scan_directory(path, "image") if path.is_dir() else [path]
+def source_stamp(*paths: Path) -> dict[str, str]:
+    """Size and modification time of a file, or of several (all images of a directory) with their order."""
+    files = [file for path in paths for file in (scan_directory(path, "image") if path.is_dir() else [path])]
     stats = [file.stat() for file in files]
     stamp = {
         "source_size": str(sum(s.st_size for s in stats)),
         "source_mtime_ns": str(max((s.st_mtime_ns for s in stats), default=0)),
     }
-    if path.is_dir():  # renamed or exchanged frames keep the sum and the latest date
+    if len(paths) > 1 or paths[0].is_dir():  # renamed or exchanged files keep the sum and the latest date
         frames = [[f.name, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)]
         stamp["source_frames"] = cache_key({"frames": frames})
     return stamp
 
 
 def provenance(
-    source: Path,
+    source: Path | Sequence[Path],
     encoder: EncoderRecord | None,
     settings: Mapping[str, object],
     *,
@@ -66,13 +66,14 @@ def provenance(
     """Metadata of a cache file.
 
     Args:
-        source: the file (or directory of images) that is encoded.
+        source: the file (or directory of images) that is encoded, or several that are encoded together.
         encoder: what encodes it; ``None`` = nothing does (a placeholder).
         settings: everything else that determines the content, JSON values.
         content_in_settings: ``settings`` hold the content itself (a caption), so a new date of the source does
             not matter.
     """
-    stamp = source_stamp(source)
+    sources = [source] if isinstance(source, Path) else source
+    stamp = source_stamp(*sources)
     identity = {"encoder_id": encoder.id if encoder else "", **({} if content_in_settings else stamp)}
     if encoder and encoder.replaces:
         identity["encoder_replaces"] = encoder.replaces
@@ -81,7 +82,7 @@ def provenance(
         **stamp,
         **identity,
         **own,
-        "source_name": source.name,
+        "source_name": ", ".join(path.name for path in sources),
         "settings": json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str),
         "cache_key": cache_key({**identity, "settings": settings}),
     }

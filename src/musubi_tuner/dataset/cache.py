@@ -9,6 +9,10 @@ A dataset item has one file each for video latents, audio latents and text embed
                                                      audio_prompt_embeds_bfloat16     [L, Da]  (modes av, audio)
                                                      prompt_attention_mask            [L]
                                                      text_bfloat16, text_mask         the same, for older readers
+    clip_00000-049_0768x0512_ltx2_mask.safetensors   mask                             [7, 16, 24]  1 = keep clean
+                                                     audio_mask                       [50]
+
+References lie in directories of their own under the names of their targets' latents and sound.
 
 Names and keys are those of musubi-tuner's LTX-2 caches, so files move between the two. Latents are normalised
 (the VAE's per-channel statistics are applied). Sizes in names are ``width x height``: the bucket for video,
@@ -172,6 +176,15 @@ class TextHeader:
     metadata: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class MaskHeader:
+    """What the header of a mask cache says; ``None`` = the file lacks that part."""
+
+    grid: Grid | None  # (F, H, W)
+    steps: int | None  # of the sound
+    metadata: Mapping[str, str]
+
+
 def read_latent_header(path: Path) -> LatentHeader:
     """Raises UserError if the file is damaged or holds no latents."""
     file = SafetensorsFile(path)
@@ -201,6 +214,15 @@ def read_text_header(path: Path) -> TextHeader:
         legacy_width=shapes["text"][1] if "text" in shapes else None,
         metadata=file.metadata,
     )
+
+
+def read_mask_header(path: Path) -> MaskHeader:
+    """Raises UserError if the file is damaged or holds no mask."""
+    file = SafetensorsFile(path)
+    names = _by_name(file)
+    grid = _shape(file, names, "mask", ndim=3) if "mask" in names or "audio_mask" not in names else None
+    steps = _shape(file, names, "audio_mask", ndim=1)[0] if "audio_mask" in names else None
+    return MaskHeader(grid, steps, file.metadata)  # type: ignore[arg-type]
 
 
 _TEXT_NAMES = ("video_prompt_embeds", "audio_prompt_embeds", "text")
@@ -252,6 +274,12 @@ def read_audio(path: Path) -> tuple[Tensor, int]:
     latents = file.read_one(names["audio_latents"])
     length = int(file.read_one(names["audio_lengths"])) if "audio_lengths" in names else steps
     return latents, min(length, steps)
+
+
+def read_mask(path: Path) -> AV[Tensor]:
+    """Masks [F, H, W] and [T] in [0, 1], 1 = keep clean; a part that the file lacks is ``None``."""
+    file = SafetensorsFile(path)
+    return AV(*(file.read_one(key).float() if key in file.tensors else None for key in ("mask", "audio_mask")))
 
 
 def read_text(
@@ -338,6 +366,13 @@ def write_audio(path: Path, latents: Tensor, metadata: Mapping[str, str]) -> Non
         f"audio_latents_{steps}x{bins}x{channels}_{dtype_name(latents.dtype)}": _finite(path, latents),
         "audio_lengths_int32": torch.tensor(steps, dtype=torch.int32),
     }
+    save_safetensors(tensors, path, _metadata({}, metadata))
+
+
+def write_mask(path: Path, masks: AV[Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the masks of a clip [F, H, W] and of its sound [T], 1 = keep clean."""
+    keys = {"video": "mask", "audio": "audio_mask"}
+    tensors = {keys[modality]: mask.to(torch.float32) for modality, mask in masks.items()}
     save_safetensors(tensors, path, _metadata({}, metadata))
 
 

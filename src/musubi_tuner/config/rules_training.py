@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
+from .rules_references import references
 from .training import TrainNetworkConfig
 
 # Flags of the usual commands whose work arrives with the memory features.
@@ -127,4 +128,6 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
 def all_rules(parsed: Any) -> list[str]:
     """Every violation, in the order of the rules above."""
     config: TrainNetworkConfig = parsed.config
-    return [v for rule in (required, unavailable, ranges, combinations) for v in rule(config)]
+    found = [v for rule in (required, unavailable, ranges, combinations) for v in rule(config)]
+    found += references(config.references, config.checkpoint.ltx2_mode, config.network.lora_target_preset)
+    return found

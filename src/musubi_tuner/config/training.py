@@ -8,6 +8,7 @@ from typing import Literal
 
 from .flag import flag
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
+from .references import ReferenceConfig
 from .sampling import PreviewConfig, SampleDecodeConfig
 
 
@@ -176,6 +177,7 @@ class TrainNetworkConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     timestep: TimestepConfig = TimestepConfig()
     loss: LossConfig = LossConfig()
+    references: ReferenceConfig = ReferenceConfig()
     preview: PreviewConfig = PreviewConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()
     save: SaveConfig = SaveConfig()

@@ -14,6 +14,8 @@ from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.config import TransformerConfig
 
+from .references import reference_downscale, reference_modalities
+
 
 def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetworkConfig]:
     """The dataset configuration, and the run's flags with the mode that the datasets imply.
@@ -23,6 +25,7 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
     """
     data = config.data
     options = {
+        **_reference_options(config),
         "separate_audio_buckets": data.separate_audio_buckets,
         "audio_bucket_strategy": data.audio_bucket_strategy,
         "audio_bucket_interval": data.audio_bucket_interval,
@@ -32,6 +35,11 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
     return datasets, replace(config, checkpoint=replace(config.checkpoint, ltx2_mode=mode))
 
 
+def _reference_options(config: TrainNetworkConfig) -> dict[str, int]:
+    settings = config.references
+    return {"reference_frames": settings.reference_frames, "reference_downscale": settings.reference_downscale}
+
+
 def make_loader(
     config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int
 ) -> BatchLoader:
@@ -39,10 +47,11 @@ def make_loader(
 
     Raises:
         ConfigErrors: no items, or caches that another checkpoint, mode or configuration made.
+        UserError: references of different relative sizes.
     """
     mode = config.checkpoint.ltx2_mode
     widths = text_widths(checkpoint)
-    training_set = discover(datasets, mode, legacy_text_widths=widths)
+    training_set = discover(datasets, mode, legacy_text_widths=widths, references=reference_modalities(config))
     gemma = config.gemma
     check_caches(
         training_set,
@@ -56,9 +65,11 @@ def make_loader(
             ltx2_checkpoint=config.checkpoint.ltx2_checkpoint,
             mode=mode,
             gemma=("--gemma_root", str(gemma.gemma_root)) if gemma.gemma_root else (),
+            latents=tuple(part for k, v in _reference_options(config).items() if v != 1 for part in (f"--{k}", str(v))),
         ),
         text_widths=widths,
     )
+    reference_downscale(training_set)
     plan = BatchPlan(training_set, seed)
     return BatchLoader(
         plan,

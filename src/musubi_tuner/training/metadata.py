@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from musubi_tuner.config.references import ReferenceConfig
 from musubi_tuner.config.training import TrainNetworkConfig
 
 
@@ -29,11 +30,17 @@ class RunFacts:
     optimizer: str
     mixed_precision: str
     datasets: list[dict[str, Any]]
+    reference_downscale: int = 1
+    num_with_reference: int = 0
 
 
 def training_metadata(config: TrainNetworkConfig, facts: RunFacts, *, step: int, epoch: int) -> dict[str, str]:
     """Metadata of a file saved at a step, beside the network's own; the minimum only with ``--no_metadata``."""
     values: dict[str, Any] = {"ss_base_model_version": f"ltx2_{facts.version}"}
+    if facts.reference_downscale != 1:  # sampling needs it, so it is no matter of choice
+        values |= dict.fromkeys(
+            ("ss_reference_downscale_factor", "reference_downscale_factor"), facts.reference_downscale
+        )
     if config.network.metadata:
         values |= _full(config, facts) | {"ss_steps": step, "ss_epoch": epoch} | _modelspec(config, facts)
     return {k: str(v) for k, v in values.items() if v is not None}
@@ -76,10 +83,19 @@ def _full(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:
         "ltx_version": facts.version,
         "ltx_mode": config.checkpoint.ltx2_mode,
         "lora_target_preset": facts.preset,
+        **_references(config.references),
         "datasets": json.dumps(facts.datasets),
         "sd_model_name": config.checkpoint.ltx2_checkpoint.name if config.checkpoint.ltx2_checkpoint else None,
     }
     return {f"ss_{k}": v for k, v in values.items()}
+
+
+def _references(settings: ReferenceConfig) -> Mapping[str, Any]:
+    strategy = settings.ic_lora_strategy
+    values: dict[str, Any] = {"ic_lora_strategy": strategy, "v2v_training": True if strategy == "v2v" else None}
+    if strategy == "audio_ref_only_ic":  # sampling has to do the same
+        values |= {name: value for name, value in asdict(settings).items() if name.startswith("audio_ref_")}
+    return values
 
 
 def _modelspec(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
 from .metadata import RunFacts
+from .references import reference_downscale
 from .setup import Compute
 from .state import Progress
 from .step import TaskSettings
@@ -53,6 +54,10 @@ def run_facts(
         optimizer=f"{type(optimizer).__module__}.{type(optimizer).__name__}({options})",
         mixed_precision=compute.mixed_precision,
         datasets=_describe_datasets(loader),
+        reference_downscale=reference_downscale(loader.plan.training_set),
+        num_with_reference=sum(
+            item.reference is not None or item.reference_audio is not None for item in loader.plan.training_set.items()
+        ),
     )
 
 
@@ -74,12 +79,22 @@ def report_plan(
             "optimizer": facts.optimizer.partition("(")[0],
             "learning rate": f"{rate:g}, {loop.lr_scheduler}, {facts.warmup_steps} warm-up steps",
             "items": facts.num_items,
+            **_reference_facts(config, facts),
             "batches an epoch": facts.batches_per_epoch,
             "steps": f"{facts.max_train_steps} of {loop.accumulation} x {loop.world_size} batches",
             "epochs": facts.num_epochs,
             "seed": facts.seed,
         },
     )
+
+
+def _reference_facts(config: TrainNetworkConfig, facts: RunFacts) -> dict[str, object]:
+    strategy = config.references.ic_lora_strategy
+    if strategy == "none":
+        return {}
+    return {
+        "references": f"{strategy}, {facts.num_with_reference} items, downscale {facts.reference_downscale}",
+    }
 
 
 def _describe_datasets(loader: BatchLoader) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from musubi_tuner.networks.resolve import resolve_network_module
 
 from .lr_schedulers import ScheduleSettings, lr_factor, resolve_steps
 from .optimizers import create_optimizer, optimizer_class
+from .references import audio_reference_rules
 from .state import Progress
 from .step import TaskSettings
 from .tracking import log_folder, tracker_names
@@ -192,6 +193,7 @@ def task_settings(config: TrainNetworkConfig, version: str, compute: Compute, se
         first_frame_p=loss.ltx2_first_frame_conditioning_p,
         caption_dropout_rate=loss.caption_dropout_rate,
         independent_audio_timestep=timestep.independent_audio_timestep,
+        audio_reference=audio_reference_rules(config.references),
         audio_only_side=max(resolution // SPATIAL_STRIDE, 1) if resolution else None,
     )
 

@@ -16,12 +16,13 @@ from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig, Dat
 from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.dataset.clips import AudioSource
 from musubi_tuner.dataset.items import EncoderRecord
-from musubi_tuner.dataset.schema import check_mode, load_dataset_config
+from musubi_tuner.dataset.manifest import save_dataset_manifest
+from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
 from musubi_tuner.models.checkpoint import Checkpoint
 
 from .latent_outputs import LatentRecipe, VirtualGeometry
 from .latents import RunOptions, cache_latents
-from .pipeline import prepare_directories
+from .pipeline import Summary, prepare_directories
 from .text import Encoder, TextRecipe, cache_sample_prompts, cache_text, gemma_fingerprint, read_sample_prompts
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
         summary = cache_latents(
             datasets, recipe, video_vae=video_vae, audio_vae=audio_vae, options=_options(config.dataset)
         )
-    return summary.finish(allow_failed=config.dataset.allow_failed)
+    return _finish(config.dataset, datasets, summary, text_is_cached=False)
 
 
 def _latent_recipe(
@@ -153,7 +154,7 @@ def run_cache_text(config: CacheTextConfig) -> int:
     if prompts:
         path = text.sample_prompts_cache or datasets.datasets[0].cache_directory / DEFAULT_NAME
         cache_sample_prompts(path, prompts, recipe, encoder())
-    return summary.finish(allow_failed=config.dataset.allow_failed)
+    return _finish(config.dataset, datasets, summary, text_is_cached=True)
 
 
 def _gemma_id(gemma: GemmaConfig) -> str:
@@ -167,6 +168,15 @@ def _gemma_id(gemma: GemmaConfig) -> str:
 
 def _options(config: DatasetRunConfig) -> RunOptions:
     return RunOptions(config.batch_size, config.num_workers, config.skip_existing, config.keep_cache)
+
+
+def _finish(config: DatasetRunConfig, datasets: DatasetConfig, summary: Summary, *, text_is_cached: bool) -> int:
+    """Report the run and save the manifest that was asked for; the exit status."""
+    status = summary.finish(allow_failed=config.allow_failed)
+    if config.save_dataset_manifest is not None:
+        path = config.save_dataset_manifest
+        save_dataset_manifest(path, datasets, text_is_cached=text_is_cached, failures=len(summary.failures))
+    return status
 
 
 @contextmanager

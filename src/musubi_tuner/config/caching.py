@@ -21,6 +21,9 @@ class DatasetRunConfig:
     keep_cache: bool = flag(False, "keep cache files that the dataset no longer produces")
     allow_failed: bool = flag(False, "exit with 0 even when some items failed")
     device: str | None = flag(None, "device of the encoder; not given: cuda if present, else cpu")
+    save_dataset_manifest: Path | None = flag(
+        None, "when done, list the caches in this file (.json), from which training needs neither sources nor TOML"
+    )
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,20 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
     """Files and folders that a run cannot do without, and whether they exist."""
     needed = {
         "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint,
-        "dataset_config": config.data.dataset_config,
         "output_dir": config.save.output_dir,
     }
     for name, value in needed.items():
         if value is None:
             yield f"--{name} is required"
+    data = config.data
+    if data.dataset_config is None and data.dataset_manifest is None:
+        yield "--dataset_config is required, or else --dataset_manifest"
+    if data.dataset_config is not None and data.dataset_manifest is not None:
+        yield "--dataset_config and --dataset_manifest exclude each other; give one"
     yield from missing(
         {
+            "dataset_config": data.dataset_config,
+            "dataset_manifest": data.dataset_manifest,
             **{k: v for k, v in needed.items() if k != "output_dir"},
             "network_weights": config.network.network_weights,
             "sample_prompts": config.preview.sample_prompts,

@@ -48,7 +48,8 @@ class MemoryConfig:
 class DataConfig:
     """Dataset."""
 
-    dataset_config: Path | None = flag(None, "dataset configuration, TOML or JSON (required)")
+    dataset_config: Path | None = flag(None, "dataset configuration, TOML or JSON (this or --dataset_manifest)")
+    dataset_manifest: Path | None = flag(None, "manifest that caching saved; needs neither sources nor configuration")
     max_data_loader_n_workers: int = flag(8, "processes that read batches ahead (at most the CPU count); 0 = none")
     persistent_data_loader_workers: bool = flag(False, "keep the loader processes between epochs")
     separate_audio_buckets: bool | None = flag(None, "keep items with and without sound in separate batches")

@@ -105,6 +105,16 @@ def reference_scale(target: tuple[int, int, int], reference: tuple[int, int, int
     return scale if fits and scale >= 1 else None
 
 
+def pixel_frames(grid: tuple[int, int, int]) -> int:
+    """Frames of a latent ``(F, H, W)``."""
+    return (grid[0] - 1) * TEMPORAL_STRIDE + 1
+
+
+def pixel_size(grid: tuple[int, int, int]) -> Size:
+    """Size of a latent ``(F, H, W)``."""
+    return grid[2] * SPATIAL_STRIDE, grid[1] * SPATIAL_STRIDE
+
+
 # --- sound --------------------------------------------------------------------------------------------------
 
 

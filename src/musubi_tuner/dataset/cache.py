@@ -9,10 +9,10 @@ A dataset item has one file each for video latents, audio latents and text embed
                                                      audio_prompt_embeds_bfloat16     [L, Da]  (modes av, audio)
                                                      prompt_attention_mask            [L]
                                                      text_bfloat16, text_mask         the same, for older readers
-    clip_00000-049_0768x0512_ltx2_mask.safetensors   mask                             [7, 16, 24]  1 = keep clean
-                                                     audio_mask                       [50]
+    clip_00000-049_0768x0512_ltx2_mask.safetensors   mask                             [7, 16, 24]  float32
+                                                     audio_mask                       [50]         float32
 
-References lie in directories of their own under the names of their targets' latents and sound.
+References lie in directories of their own, under the names of the targets' latents and audio files.
 
 Names and keys are those of musubi-tuner's LTX-2 caches, so files move between the two. Latents are normalised
 (the VAE's per-channel statistics are applied). Sizes in names are ``width x height``: the bucket for video,
@@ -178,10 +178,10 @@ class TextHeader:
 
 @dataclass(frozen=True)
 class MaskHeader:
-    """What the header of a mask cache says; ``None`` = the file lacks that part."""
+    """What the header of a mask cache says; the parts it has not are ``None``."""
 
     grid: Grid | None  # (F, H, W)
-    steps: int | None  # of the sound
+    audio_steps: int | None
     metadata: Mapping[str, str]
 
 
@@ -219,10 +219,14 @@ def read_text_header(path: Path) -> TextHeader:
 def read_mask_header(path: Path) -> MaskHeader:
     """Raises UserError if the file is damaged or holds no mask."""
     file = SafetensorsFile(path)
-    names = _by_name(file)
-    grid = _shape(file, names, "mask", ndim=3) if "mask" in names or "audio_mask" not in names else None
-    steps = _shape(file, names, "audio_mask", ndim=1)[0] if "audio_mask" in names else None
-    return MaskHeader(grid, steps, file.metadata)  # type: ignore[arg-type]
+    names = {name: name for name in file.tensors}
+    if not {"mask", "audio_mask"} & set(names):
+        raise _lacks(file, "mask")
+    return MaskHeader(
+        grid=_shape(file, names, "mask", ndim=3) if "mask" in names else None,  # type: ignore[arg-type]
+        audio_steps=_shape(file, names, "audio_mask", ndim=1)[0] if "audio_mask" in names else None,
+        metadata=file.metadata,
+    )
 
 
 _TEXT_NAMES = ("video_prompt_embeds", "audio_prompt_embeds", "text")
@@ -369,13 +373,6 @@ def write_audio(path: Path, latents: Tensor, metadata: Mapping[str, str]) -> Non
     save_safetensors(tensors, path, _metadata({}, metadata))
 
 
-def write_mask(path: Path, masks: AV[Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the masks of a clip [F, H, W] and of its sound [T], 1 = keep clean."""
-    keys = {"video": "mask", "audio": "audio_mask"}
-    tensors = {keys[modality]: mask.to(torch.float32) for modality, mask in masks.items()}
-    save_safetensors(tensors, path, _metadata({}, metadata))
-
-
 def write_text(
     path: Path,
     embeds: AV[Tensor],
@@ -393,6 +390,13 @@ def write_text(
         tensors[f"text_{dtype_name(parts[0].dtype)}"] = torch.cat(parts, dim=-1)
         tensors["text_mask"] = mask.to(torch.int64)
     save_safetensors(tensors, path, _metadata({"caption1": caption}, metadata))
+
+
+def write_mask(path: Path, masks: AV[Tensor], metadata: Mapping[str, str]) -> None:
+    """Write masks in [0, 1] (1 = keep clean): video [F, H, W], audio [T], one or both."""
+    keys = {"video": "mask", "audio": "audio_mask"}
+    tensors = {keys[modality]: _finite(path, mask.to(torch.float32)) for modality, mask in masks.items()}
+    save_safetensors(tensors, path, _metadata({}, metadata))
 
 
 def _metadata(own: Mapping[str, str], provenance: Mapping[str, str]) -> dict[str, str]:

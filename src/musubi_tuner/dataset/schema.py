@@ -27,7 +27,7 @@ from .companion_rules import (
     companion_problems,
     directory_problems,
 )
-from .files import Kind, duplicate_stems, media_kind, scan_directory
+from .files import ItemFiles, Kind, duplicate_stems, media_kind, scan_directory
 from .frames import Extraction, ExtractionRule
 from .jsonl import read_media_list
 from .keys import COMMAND_LINE_DEFAULTS, IGNORED, KEYS, SOURCES, show, unknown_key
@@ -38,6 +38,8 @@ else:
     import tomli as tomllib
 
 logger = logging.getLogger(__name__)
+
+MANIFEST_FORMAT = "musubi_tuner_dataset_manifest"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class DatasetEntry:
     # audio
     audio_bucket_strategy: Literal["pad", "truncate"] = "pad"
     audio_bucket_interval: float = 2.0  # seconds
+    # of a manifest: the caches that are used; None: all in cache_directory that belong to the dataset
+    files: tuple[ItemFiles, ...] | None = field(default=None, repr=False)
 
     def bucket(self, size: Size) -> Size | None:
         """The bucket of an item of ``size`` (width, height); None: too small for one without enlarging."""
@@ -111,11 +115,12 @@ class DatasetEntry:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """A whole configuration file."""
+    """A whole configuration file or manifest."""
 
     datasets: tuple[DatasetEntry, ...]
     validation: tuple[DatasetEntry, ...]
     path: Path
+    made_from: Path | None = None  # of a manifest: the configuration that was cached, if it says so
 
     def entries(self) -> Iterator[DatasetEntry]:
         """Training entries, then validation entries."""
@@ -124,7 +129,9 @@ class DatasetConfig:
 
 
 @dataclass
-class _Report:
+class Report:
+    """What is to be said of a file once it is read."""
+
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -154,18 +161,16 @@ def load_dataset_config(
     """
     file = Path(path)
     raw = _parse_file(file)
-    report = _Report()
-    fallback = {
-        name: value
-        for name, value in (command_line or {}).items()
-        if name in COMMAND_LINE_DEFAULTS and value is not None
-    }
+    if raw.get("format") == MANIFEST_FORMAT:
+        raise UserError(f"{file}: is a dataset manifest, expected a configuration; training takes --dataset_manifest")
+    report = Report()
+    fallback = command_line_values(command_line)
     general = _general(raw, report)
     sections = {
         section: tuple(
             entry
             for index, table in enumerate(_tables(raw, section, report))
-            if (entry := _entry(f"{section}[{index}]", table, fallback, general, file, report))
+            if (entry := parse_entry(f"{section}[{index}]", _kind(table), table, fallback, general, file, report))
         )
         for section in ("datasets", "validation_datasets")
     }
@@ -180,6 +185,11 @@ def load_dataset_config(
     for warning in report.warnings:
         logger.warning("%s: %s", file.name, warning)
     return config
+
+
+def command_line_values(options: Mapping[str, object] | None) -> dict[str, object]:
+    """Those of the command line's options that apply where a dataset does not have the key."""
+    return {k: v for k, v in (options or {}).items() if k in COMMAND_LINE_DEFAULTS and v is not None}
 
 
 def check_mode(config: DatasetConfig, mode: Mode) -> Mode:
@@ -225,7 +235,7 @@ def _parse_file(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _general(raw: Mapping[str, Any], report: _Report) -> dict[str, Any]:
+def _general(raw: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Parsed values of ``[general]``."""
     sections = ("general", "datasets", "validation_datasets")
     for name in raw:
@@ -248,7 +258,7 @@ def _general(raw: Mapping[str, Any], report: _Report) -> dict[str, Any]:
     return values
 
 
-def _tables(raw: Mapping[str, Any], section: str, report: _Report) -> list[dict[str, Any]]:
+def _tables(raw: Mapping[str, Any], section: str, report: Report) -> list[dict[str, Any]]:
     tables = raw.get(section, [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         report.problems.append(f"{section}: expected one [[{section}]] table (double brackets) for each dataset")
@@ -258,7 +268,7 @@ def _tables(raw: Mapping[str, Any], section: str, report: _Report) -> list[dict[
     return tables
 
 
-def _parse(label: str, name: str, value: object, report: _Report) -> Any:
+def _parse(label: str, name: str, value: object, report: Report) -> Any:
     """The parsed value; on a problem it is noted and the default returned."""
     try:
         return KEYS[name].parse(value)
@@ -267,7 +277,7 @@ def _parse(label: str, name: str, value: object, report: _Report) -> Any:
         return KEYS[name].default
 
 
-def _reject(label: str, name: str, kind: Kind | None, report: _Report) -> None:
+def _reject(label: str, name: str, kind: Kind | None, report: Report) -> None:
     if name in IGNORED:
         report.warnings.append(f"{label}.{name}: {IGNORED[name]}")
     else:
@@ -277,15 +287,16 @@ def _reject(label: str, name: str, kind: Kind | None, report: _Report) -> None:
 # --- one entry ----------------------------------------------------------------------------------------------
 
 
-def _entry(
+def parse_entry(
     label: str,
+    kind: Kind,
     table: Mapping[str, Any],
     fallback: Mapping[str, Any],
     general: Mapping[str, Any],
     file: Path,
-    report: _Report,
+    report: Report,
 ) -> DatasetEntry | None:
-    kind = _kind(table)
+    """The entry with the keys of ``table``, or ``None`` where too much is wrong; ``report`` takes what is wrong."""
     values = {name: key.default for name, key in KEYS.items() if kind in key.kinds}
     values.update({name: value for layer in (fallback, general) for name, value in layer.items() if name in values})
     for name, value in table.items():
@@ -353,7 +364,7 @@ def _resolve_cache(value: str | None, folder: Path, source_value: str | None, so
     return (folder / Path(value).expanduser()).resolve()
 
 
-def _check_resolution(label: str, kind: Kind, values: Mapping[str, Any], report: _Report) -> None:
+def _check_resolution(label: str, kind: Kind, values: Mapping[str, Any], report: Report) -> None:
     if kind == "audio":  # only names its cache files
         return
     width, height = values["resolution"]
@@ -376,7 +387,7 @@ def _check_resolution(label: str, kind: Kind, values: Mapping[str, Any], report:
         )
 
 
-def _settle_extraction(label: str, values: dict[str, Any], report: _Report) -> None:
+def _settle_extraction(label: str, values: dict[str, Any], report: Report) -> None:
     """Clip lengths that the VAE can encode, and modes that make sense with them."""
     wanted = values["target_frames"]
     usable = tuple(sorted({floor_frames(frames) for frames in wanted}))
@@ -399,7 +410,7 @@ def _settle_extraction(label: str, values: dict[str, Any], report: _Report) -> N
 # --- across entries -----------------------------------------------------------------------------------------
 
 
-def _list_problems(entry: DatasetEntry, report: _Report) -> Iterator[str]:
+def _list_problems(entry: DatasetEntry, report: Report) -> Iterator[str]:
     if entry.source is None:
         return
     name = entry.source_key

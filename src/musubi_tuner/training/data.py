@@ -9,6 +9,7 @@ from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, check_caches
 from musubi_tuner.dataset.loader import BatchLoader
+from musubi_tuner.dataset.manifest import load_dataset_manifest
 from musubi_tuner.dataset.sampling import BatchPlan
 from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
 from musubi_tuner.models.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ from .references import reference_downscale, reference_modalities
 
 
 def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetworkConfig]:
-    """The dataset configuration, and the run's flags with the mode that the datasets imply.
+    """The datasets of the configuration or the manifest, and the run's flags with the mode that the datasets imply.
 
     Raises:
         UserError, ConfigErrors: what is wrong in the file.
@@ -30,7 +31,11 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
         "audio_bucket_strategy": data.audio_bucket_strategy,
         "audio_bucket_interval": data.audio_bucket_interval,
     }
-    datasets = load_dataset_config(data.dataset_config, command_line=options, need_sources=False)
+    if data.dataset_manifest is not None:
+        datasets = load_dataset_manifest(data.dataset_manifest, command_line=options)
+    else:
+        assert data.dataset_config is not None
+        datasets = load_dataset_config(data.dataset_config, command_line=options, need_sources=False)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)
     return datasets, replace(config, checkpoint=replace(config.checkpoint, ltx2_mode=mode))
 
@@ -61,11 +66,12 @@ def make_loader(
             text=checkpoint.encoder_id("text"),
         ),
         commands=RepairCommands(
-            dataset_config=config.data.dataset_config,
+            dataset_config=config.data.dataset_config or datasets.made_from,
             ltx2_checkpoint=config.checkpoint.ltx2_checkpoint,
             mode=mode,
             gemma=("--gemma_root", str(gemma.gemma_root)) if gemma.gemma_root else (),
             latents=tuple(part for k, v in _reference_options(config).items() if v != 1 for part in (f"--{k}", str(v))),
+            manifest=config.data.dataset_manifest,
         ),
         text_widths=widths,
     )

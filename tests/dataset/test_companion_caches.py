@@ -135,6 +135,16 @@ def test_references_of_other_settings_are_refused(entry: DatasetEntry, grid, met
     assert "--reference_downscale 2 --skip_existing" in message
 
 
+def test_several_control_images_make_references_of_their_own_lengths(entry: DatasetEntry) -> None:
+    for stem, frames in (("a", 2), ("b", 3)):
+        made = {"reference_frames": str(8 * frames - 7), "source_frames": "a hash"}
+        write_reference(entry.reference_cache_directory, write_target(entry, stem), (frames, 4, 2), made)
+    training_set = find(entry)
+    assert training_set.problems == ()
+    assert [item.reference_grid[0] for item in training_set.items()] == [2, 3]
+    refuse(replace(entry, reference_frames=17), "a_00000-009: references were made with reference_frames 9, this run")
+
+
 def test_references_of_another_checkpoint_are_refused(entry: DatasetEntry) -> None:
     source = entry.source / "a.mp4"
     made = {"latents": provenance(source, EncoderRecord("ours"), {})}
@@ -209,7 +219,7 @@ def test_mask_files_hold_either_part(tmp_path: Path) -> None:
         write_mask(tmp_path / "m.safetensors", parts, {"source_name": "m.png"})
         header, read = read_mask_header(tmp_path / "m.safetensors"), read_mask(tmp_path / "m.safetensors")
         assert header.grid == (None if parts.video is None else tuple(parts.video.shape))
-        assert header.steps == (None if parts.audio is None else len(parts.audio))
+        assert header.audio_steps == (None if parts.audio is None else len(parts.audio))
         assert header.metadata["source_name"] == "m.png"
         for modality in ("video", "audio"):
             assert (read[modality] is None) == (parts[modality] is None)

@@ -116,7 +116,7 @@ class CompanionSearch:
         header = self._header(read_mask_header, path, name) if path is not None else None
         if path is not None and header is None:
             return None
-        shapes = AV(header.grid, header.steps) if header is not None else AV()
+        shapes = AV(header.grid, header.audio_steps) if header is not None else AV()
         if not self.entry.cache_only and any(shapes[modality] is None for modality in needed):
             return self._lacks(MASK, name)
         targets = AV(latents.grid, audio.steps if audio is not None else None)
@@ -144,10 +144,12 @@ class CompanionSearch:
 def reference_mismatch(entry: DatasetEntry, target: LatentHeader, reference: LatentHeader) -> str | None:
     """Why cached reference latents do not belong to a target as the dataset is configured now; ``None`` if they do."""
     metadata = reference.metadata
-    recorded = {name: metadata[name] for name in ("reference_downscale", "reference_frames") if name in metadata}
-    for name, value in recorded.items():
-        current = getattr(entry, name)
-        if value != str(current):
+    # Several control images make a reference of a length of its own, unless the configuration gives one.
+    own_length = entry.reference_frames == 1 and "source_frames" in metadata
+    recorded = ("reference_downscale",) if own_length else ("reference_downscale", "reference_frames")
+    for name in recorded:
+        value, current = metadata.get(name), getattr(entry, name)
+        if value is not None and value != str(current):
             return (
                 f"references were made with {name} {value}, this run has {current}; give --{name} {value} here too, "
                 "or cache again"
@@ -162,7 +164,7 @@ def reference_mismatch(entry: DatasetEntry, target: LatentHeader, reference: Lat
             f"which is not reference_downscale {entry.reference_downscale} on both sides"
         )
     frames = latent_frames(entry.reference_frames)
-    if reference.grid[0] != frames:
+    if reference.grid[0] != frames and not own_length:
         wanted = f"reference_frames {entry.reference_frames} gives {frames}"
         return f"references have {reference.grid[0]} latent frames, {wanted}"
     return None

@@ -72,7 +72,8 @@ def report_plan(
     rate = config.optimizer.learning_rate
     _log_training_plan(
         network,
-        mode=config.checkpoint.ltx2_mode,
+        # The voice of a recording is learnt by the modules of sound, also where video is generated beside it.
+        mode="audio" if config.references.ic_lora_strategy == "audio_ref_only_ic" else config.checkpoint.ltx2_mode,
         facts={
             "model": f"LTX-{facts.version}, {config.checkpoint.ltx2_mode}, {format_bytes(base_bytes)} frozen",
             "precision": facts.mixed_precision,
@@ -90,11 +91,8 @@ def report_plan(
 
 def _reference_facts(config: TrainNetworkConfig, facts: RunFacts) -> dict[str, object]:
     strategy = config.references.ic_lora_strategy
-    if strategy == "none":
-        return {}
-    return {
-        "references": f"{strategy}, {facts.num_with_reference} items, downscale {facts.reference_downscale}",
-    }
+    size = f", downscale {facts.reference_downscale}" if strategy == "v2v" else ""
+    return {} if strategy == "none" else {"references": f"{strategy}, {facts.num_with_reference} items{size}"}
 
 
 def _describe_datasets(loader: BatchLoader) -> list[dict[str, Any]]:

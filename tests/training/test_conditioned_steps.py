@@ -60,6 +60,14 @@ def test_losses_of_masked_batches_are_those_of_the_samples_alone():
             torch.testing.assert_close(together[name].value[index], term.value[0], rtol=1e-5, atol=1e-6)
 
 
+def test_masks_of_sounds_are_no_longer_than_these_beside_longer_silence():
+    batch = masked_batch(6, 3, 0)
+    view, plain = view_of(batch, silence_weight=1.0), view_of(batch)
+    assert view.tokens.audio.grid[0] > plain.tokens.audio.grid[0] == 6
+    assert torch.equal(view.tokens.audio.weight[:2, :6], plain.tokens.audio.weight[:2])
+    assert bool((view.tokens.audio.weight[2] == 1).all())
+
+
 def test_empty_masks_are_no_masks():
     batch = batch_of(6, 3, version="2.3", grid=GRID)
     view = view_of(replace(batch, masks=AV(torch.zeros(2, *GRID), torch.zeros(2, 6))))

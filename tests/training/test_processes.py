@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ def arguments(assets, output: Path, *extra: str) -> list[str]:
         *("--dataset_config", str(assets.dataset), "--ltx2_checkpoint", str(assets.checkpoint), "--ltx2_mode", "av"),
         *("--mixed_precision", "no", "--network_dim", "4", "--network_alpha", "4", "--learning_rate", "1e-3"),
         *("--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0", "--network_dropout", "0.2"),
+        *("--audio_loss_balance_mode", "inv_freq", "--audio_loss_balance_beta", "0.3", "--num_timestep_buckets", "2"),
+        *("--audio_supervision_mode", "warn", "--audio_supervision_warmup_steps", "0"),
         *("--output_dir", str(output), "--output_name", "x", "--save_state", *extra),
     ]
 
@@ -41,5 +44,12 @@ def test_two_processes_equal_one_that_accumulates_two_batches(cached_demo, tmp_p
         assert done.returncode == 0, done.stderr[-3000:]
     first, second = (load_file(tmp_path / run / "x-state/network.safetensors") for run in ("one", "two"))
     assert first.keys() == second.keys()
+    progress = [
+        json.loads((tmp_path / run / "x-state/training_state.json").read_text())["progress"] for run in ("one", "two")
+    ]
+    for name in ("audio_balance", "audio_supervision"):
+        assert progress[0][name] == progress[1][name]
+    assert 0.3 < progress[0]["audio_balance"]["presence"] < 1
+    assert progress[0]["audio_supervision"] == {"expected": 8, "supervised": 6}
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6, msg=name)

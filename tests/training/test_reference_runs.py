@@ -193,7 +193,10 @@ def test_flags_of_reference_sounds_without_any_are_told_of(data, capsys):
     data = data("av")
     data.write()
     data.run("out", AUDIO_FLAGS[0], steps=1)
-    assert "--audio_ref_use_negative_positions: no effect with --ic_lora_strategy none" in capsys.readouterr().err
+    assert (
+        "--audio_ref_use_negative_positions: no effect on training with --ic_lora_strategy none"
+        in capsys.readouterr().err
+    )
 
 
 def test_masks_are_trained_with(data, tmp_path: Path):

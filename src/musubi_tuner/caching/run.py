@@ -42,8 +42,11 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
     assert config.dataset.dataset_config is not None
     assert config.checkpoint.ltx2_checkpoint is not None
     # Imported here: each script is spared the other's libraries.
+    from musubi_tuner.generation.latent_cache import DEFAULT_NAME
     from musubi_tuner.models.audio_vae import load_audio_vae
     from musubi_tuner.models.video_vae import load_video_vae
+
+    from .sample_latents import cache_sample_latents, read_conditioned_prompts
 
     datasets = load_dataset_config(config.dataset.dataset_config)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)
@@ -55,6 +58,7 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
     if mode != "video":
         checkpoint.require("audio_vae", "caching audio latents")
 
+    samples = read_conditioned_prompts(config.samples, mode)
     prepare_directories(datasets)
     recipe = _latent_recipe(config, mode, checkpoint, vae_checkpoint)
     video_vae = audio_vae = None
@@ -63,6 +67,10 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
         set_memory_options(video_vae, config)
     if mode != "video":
         audio_vae = load_audio_vae(checkpoint, dtype=recipe.audio_dtype, device=device)
+    if samples:  # first: what is wrong with them shows at once, not after the dataset
+        path = config.samples.sample_latents_cache or datasets.datasets[0].cache_directory / DEFAULT_NAME
+        prompt_file = config.samples.sample_prompts
+        cache_sample_latents(path, samples, prompt_file, recipe, video_vae=video_vae, audio_vae=audio_vae)
     with _resumable():
         summary = cache_latents(
             datasets, recipe, video_vae=video_vae, audio_vae=audio_vae, options=_options(config.dataset)

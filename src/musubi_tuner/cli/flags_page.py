@@ -53,10 +53,10 @@ def _row(spec: FlagSpec) -> str:
 
 
 def _default(spec: FlagSpec) -> str:
-    if spec.is_bool:
-        return "on" if spec.default else "off"
     if spec.default is None or spec.default == ():
         return "-"
+    if spec.is_bool:
+        return "on" if spec.default else "off"
     return f"`{spec.default.as_posix() if isinstance(spec.default, Path) else spec.default}`"
 
 

@@ -174,7 +174,7 @@ def _add(section: Any, spec: FlagSpec) -> None:
     help_text = (spec.info.help + _default_text(spec)).replace("%", "%%")
     if spec.is_bool:
         section.add_argument(*options, dest=spec.name, action="store_const", const=True, help=help_text)
-        negation_help = f"turn --{spec.name} off" if spec.default else argparse.SUPPRESS
+        negation_help = f"turn --{spec.name} off" if spec.default is not False else argparse.SUPPRESS
         section.add_argument(
             *(f"--{n}" for n in spec.negations),
             dest=spec.name,

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import pad
 
 from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.common.log import warn_once
@@ -101,7 +102,10 @@ def condition_masks(tokens: AV[NoisedTokens], masks: AV[Tensor]) -> AV[NoisedTok
         mask = masks[name]
         if mask is None or not bool((mask > 0).any()):
             return target
-        masked = apply_keep(target, mask_keep(mask), torch.ones(mask.shape[0], dtype=torch.bool))
+        keep = mask_keep(mask)
+        # Silence in place of missing sound may be longer than the sounds that the masks were padded to.
+        keep = pad(keep, (0, target.target.stop - target.target.start - keep.shape[1]))
+        masked = apply_keep(target, keep, torch.ones(mask.shape[0], dtype=torch.bool))
         if bool(((masked.weight.sum(dim=1) == 0) & (target.weight.sum(dim=1) > 0)).any()):
             warn_once(logger, f"masked {name}", "the %s of some item is masked as a whole: it trains nothing", name)
         return masked

@@ -89,6 +89,20 @@ class WithoutEncodingConfig:
 
 
 @dataclass(frozen=True)
+class SampleLatentsConfig:
+    """Conditioning of samples."""
+
+    precache_sample_latents: bool = flag(
+        False, "also encode what the prompts of --sample_prompts are conditioned on (--i, --v, --ra)"
+    )
+    sample_prompts: Path | None = flag(None, "prompt file (.txt, .toml, .json)")
+    sample_latents_cache: Path | None = flag(None, "where their latents go; not given: the first cache_directory")
+    width: int = flag(768, "width of prompts that give none, pixels; as in training")
+    height: int = flag(512, "height of prompts that give none, pixels; as in training")
+    sample_num_frames: int = flag(45, "frames of prompts that give none; as in training")
+
+
+@dataclass(frozen=True)
 class CacheLatentsConfig:
     """``ltx2_cache_latents.py``"""
 
@@ -96,6 +110,7 @@ class CacheLatentsConfig:
     dataset: DatasetRunConfig = DatasetRunConfig()
     encoding: LatentEncodingConfig = LatentEncodingConfig()
     audio: AudioSourceConfig = AudioSourceConfig()
+    samples: SampleLatentsConfig = SampleLatentsConfig()
     without: WithoutEncodingConfig = WithoutEncodingConfig()
 
 

@@ -19,7 +19,6 @@ class ReferenceConfig:
     )
     reference_downscale: int = flag(1, "targets are so many times the size of their references; as in caching")
     reference_frames: int = flag(1, "frames of a reference, 8k + 1; as in caching")
-    audio_ref_use_negative_positions: bool = flag(False, "reference sounds lie before time 0")
     audio_ref_mask_cross_attention_to_reference: bool = flag(False, "the video does not attend to reference sounds")
     audio_ref_mask_reference_from_text_attention: bool = flag(False, "reference sounds do not attend to the text")
 

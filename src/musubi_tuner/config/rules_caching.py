@@ -47,6 +47,18 @@ def latents(config: CacheLatentsConfig) -> Iterable[str]:
         yield f"--audio_video_latent_channels {audio.audio_video_latent_channels}: expected at least 1"
 
 
+def sample_latents(config: CacheLatentsConfig) -> Iterable[str]:
+    """Options for what samples are conditioned on."""
+    samples = config.samples
+    if samples.precache_sample_latents and samples.sample_prompts is None:
+        yield "--precache_sample_latents needs --sample_prompts"
+    if samples.sample_prompts is not None and not samples.precache_sample_latents:
+        yield "--sample_prompts needs --precache_sample_latents"
+    if samples.precache_sample_latents and config.without.requested:
+        yield "--precache_sample_latents encodes, --dry_run and --debug_mode do not; leave one out"
+    yield from missing({"sample_prompts": samples.sample_prompts})
+
+
 def without_encoding(config: CacheLatentsConfig) -> Iterable[str]:
     """Options that look at the clips instead of caching them."""
     without = config.without

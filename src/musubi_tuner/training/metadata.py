@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from musubi_tuner.config.references import ReferenceConfig
 from musubi_tuner.config.training import TrainNetworkConfig
+
+from .references import audio_flags
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,14 @@ def _full(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:
         "training_comment": config.network.training_comment,
         "guidance_scale": config.preview.guidance_scale,
         "loss_type": config.loss.loss_type,
+        "weighting_scheme": "none",  # whatever was asked for
+        "mode_scale": timestep.mode_scale,
         "timestep_sampling": timestep.timestep_sampling,
         "logit_mean": timestep.logit_mean,
         "logit_std": timestep.logit_std,
+        "sigmoid_scale": timestep.sigmoid_scale,
+        "discrete_flow_shift": timestep.discrete_flow_shift,
+        "num_timestep_buckets": timestep.num_timestep_buckets,
         "shifted_logit_mode": facts.shifted_logit_mode,
         "shifted_logit_eps": timestep.shifted_logit_eps,
         "shifted_logit_uniform_prob": timestep.shifted_logit_uniform_prob,
@@ -83,18 +89,18 @@ def _full(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:
         "ltx_version": facts.version,
         "ltx_mode": config.checkpoint.ltx2_mode,
         "lora_target_preset": facts.preset,
-        **_references(config.references),
+        **_references(config),
         "datasets": json.dumps(facts.datasets),
         "sd_model_name": config.checkpoint.ltx2_checkpoint.name if config.checkpoint.ltx2_checkpoint else None,
     }
     return {f"ss_{k}": v for k, v in values.items()}
 
 
-def _references(settings: ReferenceConfig) -> Mapping[str, Any]:
-    strategy = settings.ic_lora_strategy
+def _references(config: TrainNetworkConfig) -> Mapping[str, Any]:
+    strategy = config.references.ic_lora_strategy
     values: dict[str, Any] = {"ic_lora_strategy": strategy, "v2v_training": True if strategy == "v2v" else None}
     if strategy == "audio_ref_only_ic":  # sampling has to do the same
-        values |= {name: value for name, value in asdict(settings).items() if name.startswith("audio_ref_")}
+        values |= audio_flags(config)
     return values
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from musubi_tuner.common.av import Modality
 from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.conditioning.reference import AudioReferenceRules
-from musubi_tuner.config.references import ReferenceConfig, ReferenceStrategy
+from musubi_tuner.config.references import ReferenceStrategy
 from musubi_tuner.config.rules_references import references as reference_rules
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.items import TrainingSet
@@ -48,7 +48,7 @@ def check_references(config: TrainNetworkConfig, datasets: DatasetConfig) -> Non
             logger.warning(
                 "%s of %s is ignored with --ic_lora_strategy %s", key, ", ".join(unused), settings.ic_lora_strategy
             )
-    _warn_of_unused_flags(settings)
+    _warn_of_unused_flags(config)
 
 
 def _lacking(strategy: str, key: str, datasets: DatasetConfig) -> list[str]:
@@ -64,20 +64,27 @@ def _lacking(strategy: str, key: str, datasets: DatasetConfig) -> list[str]:
     return []
 
 
-def _warn_of_unused_flags(settings: ReferenceConfig) -> None:
-    flags = {
-        "audio_ref_use_negative_positions": settings.audio_ref_use_negative_positions,
+def audio_flags(config: TrainNetworkConfig) -> dict[str, bool]:
+    """The flags of reference sounds by name."""
+    settings = config.references
+    return {
+        "audio_ref_use_negative_positions": config.conditioning.audio_ref_use_negative_positions,
         "audio_ref_mask_cross_attention_to_reference": settings.audio_ref_mask_cross_attention_to_reference,
         "audio_ref_mask_reference_from_text_attention": settings.audio_ref_mask_reference_from_text_attention,
     }
-    given = [f"--{name}" for name, value in flags.items() if value]
-    if given and settings.ic_lora_strategy != "audio_ref_only_ic":
-        logger.warning("%s: no effect with --ic_lora_strategy %s", ", ".join(given), settings.ic_lora_strategy)
 
 
-def audio_reference_rules(settings: ReferenceConfig) -> AudioReferenceRules:
+def _warn_of_unused_flags(config: TrainNetworkConfig) -> None:
+    strategy = config.references.ic_lora_strategy
+    given = [f"--{name}" for name, value in audio_flags(config).items() if value]
+    if given and strategy != "audio_ref_only_ic":
+        logger.warning("%s: no effect on training with --ic_lora_strategy %s", ", ".join(given), strategy)
+
+
+def audio_reference_rules(config: TrainNetworkConfig) -> AudioReferenceRules:
+    settings = config.references
     return AudioReferenceRules(
-        negative_positions=settings.audio_ref_use_negative_positions,
+        negative_positions=config.conditioning.audio_ref_use_negative_positions,
         hidden_from_video=settings.audio_ref_mask_cross_attention_to_reference,
         hidden_from_text=settings.audio_ref_mask_reference_from_text_attention,
     )

@@ -46,6 +46,8 @@ class Progress:
     epoch_losses: list[float] = field(default_factory=list)  # latest loss of each in-epoch step
     epoch_loss_index: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)  # fp16 gradient scaler
+    audio_balance: dict[str, float] = field(default_factory=dict)  # running means of the audio balance
+    audio_supervision: dict[str, int] = field(default_factory=dict)  # batches counted by the supervision monitor
 
 
 def save_state(

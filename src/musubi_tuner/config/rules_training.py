@@ -196,11 +196,18 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
         yield f"--log_with {config.tracking.log_with} needs --logging_dir"
 
 
+_RULES = (
+    required,
+    unavailable,
+    ranges,
+    audio_balance,
+    mode_fits,
+    audio_batches,
+    combinations,
+)
+
+
 def all_rules(parsed: Any) -> list[str]:
     """Every violation, in the order of the rules above."""
     config: TrainNetworkConfig = parsed.config
-<<<<<<< HEAD
-    return [v for rule in (required, unavailable, ranges, audio_balance, mode_fits, combinations) for v in rule(config)]
-=======
-    return [v for rule in (required, unavailable, ranges, audio_batches, combinations) for v in rule(config)]
->>>>>>> 9bdacef418285fbf7323ef0218a9b3da0d10914b
+    return [v for rule in _RULES for v in rule(config)]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .model import Mode
-from .references import ReferenceConfig, resolve_strategy
+from .references import resolve_strategy
+from .training import TrainNetworkConfig
 
 _MODES: dict[str, tuple[Mode, ...]] = {"v2v": ("video",), "audio_ref_only_ic": ("av", "audio")}
 
 
-def references(config: ReferenceConfig, mode: Mode, preset: str) -> Iterable[str]:
+def references(run: TrainNetworkConfig) -> Iterable[str]:
     """Values out of range, and a strategy that the mode does not have."""
+    config, mode, preset = run.references, run.checkpoint.ltx2_mode, run.network.lora_target_preset
     if config.reference_downscale < 1:
         yield f"--reference_downscale: expected at least 1, got {config.reference_downscale}"
     if config.reference_frames < 1 or config.reference_frames % 8 != 1:

@@ -72,6 +72,10 @@ class CachedItem:
     mask_parts: AV[bool] = field(default_factory=AV)  # what is read of the mask file
     made_by: MadeBy = MadeBy()
 
+    @property
+    def has_sound(self) -> bool:
+        return self.audio_steps > 0
+
 
 @dataclass(frozen=True)
 class CachedDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from musubi_tuner.common.av import AV
@@ -15,7 +16,10 @@ from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.config import TransformerConfig
 
+from .audio_batches import audio_mixing, report_sound
 from .references import reference_downscale, reference_modalities
+
+logger = logging.getLogger(__name__)
 
 
 def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetworkConfig]:
@@ -46,13 +50,13 @@ def _reference_options(config: TrainNetworkConfig) -> dict[str, int]:
 
 
 def make_loader(
-    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int
+    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int, world_size: int
 ) -> BatchLoader:
     """Batches of the cached items.
 
     Raises:
         ConfigErrors: no items, or caches that another checkpoint, mode or configuration made.
-        UserError: references of different relative sizes.
+        UserError: references of different relative sizes; batches with sound are asked for, and there are none.
     """
     mode = config.checkpoint.ltx2_mode
     widths = text_widths(checkpoint)
@@ -76,7 +80,10 @@ def make_loader(
         text_widths=widths,
     )
     reference_downscale(training_set)
-    plan = BatchPlan(training_set, seed)
+    plan = BatchPlan(training_set, seed, mixing=audio_mixing(config, world_size))
+    report_sound(plan, mode)
+    if config.data.persistent_data_loader_workers and config.data.max_data_loader_n_workers == 0:
+        logger.warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
     return BatchLoader(
         plan,
         workers=config.data.max_data_loader_n_workers,

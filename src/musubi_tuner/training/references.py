@@ -35,8 +35,8 @@ def check_references(config: TrainNetworkConfig, datasets: DatasetConfig) -> Non
     Raises:
         ConfigErrors: the strategy does not fit the mode, or datasets lack what it needs.
     """
-    settings, mode = config.references, config.checkpoint.ltx2_mode
-    problems = list(reference_rules(settings, mode, config.network.lora_target_preset))
+    settings = config.references
+    problems = list(reference_rules(config))
     used = reference_modalities(config)
     for modality in used:
         problems += _lacking(settings.ic_lora_strategy, _DIRECTORIES[modality], datasets)

@@ -57,7 +57,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     resumed = find_resumed(config)
     compute = make_compute(config)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
-    loader = make_loader(config, datasets, checkpoint, seed=progress.seed)
+    world_size = compute.accelerator.num_processes
+    loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size)
     _warn_of_defaults(config, explicit, progress)
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.

@@ -280,6 +280,12 @@ def read_audio(path: Path) -> tuple[Tensor, int]:
     return latents, min(length, steps)
 
 
+def read_mask(path: Path) -> AV[Tensor]:
+    """Masks [F, H, W] and [T] in [0, 1], 1 = keep clean; a part that the file lacks is ``None``."""
+    file = SafetensorsFile(path)
+    return AV(*(file.read_one(key).float() if key in file.tensors else None for key in ("mask", "audio_mask")))
+
+
 def read_text(
     path: Path, modalities: Iterable[Modality], legacy_widths: AV[int] | None = None
 ) -> tuple[AV[Tensor], Tensor | None]:

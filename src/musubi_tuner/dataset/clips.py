@@ -18,6 +18,7 @@ import numpy as np
 from .audio import AudioTrack, NoAudio, cut_clip, probe_audio, to_16k
 from .buckets import AUDIO_RATE, IMAGE_FPS, SHORTEST_SOUND, Size
 from .cache import clip_base
+from .frame_store import FrameStore, join
 from .frames import (
     ClipWindow,
     Cut,
@@ -38,8 +39,8 @@ from .media import (
     open_video,
     probe_video,
     read_image,
-    resize_to_bucket,
 )
+from .resize import resize_to_bucket
 from .schema import DatasetEntry
 from .sources import SourceItem
 
@@ -230,12 +231,14 @@ def _video_clips(
         bucket = _bucket(item, entry, video.info.size)
         rate, length, notes = _frame_rate(video, entry)
         track = _open_track(stack, video, item, sound) if sound else None
-        cuts = cut_clips(
-            sample_frames(video.frames(), rate),
-            entry.extraction,
-            convert=lambda frame: resize_to_bucket(video.to_rgb(frame), bucket),
-            length=length,
-        )
+        store = FrameStore(bucket, capacity=entry.extraction.longest)
+
+        def convert(frame) -> np.ndarray:
+            pixels = store.take()
+            video.fit(frame, pixels)
+            return pixels
+
+        cuts = cut_clips(sample_frames(video.frames(), rate), entry.extraction, convert=convert, length=length)
         for cut in cuts:
             waveform, status, reason = _clip_sound(track, cut, entry.target_fps)
             yield PreparedClip(
@@ -243,7 +246,7 @@ def _video_clips(
                 item=item,
                 bucket=bucket,
                 window=cut.window,
-                pixels=np.stack(cut.frames),
+                pixels=join(cut.frames),
                 fps=entry.target_fps,
                 waveform=waveform,
                 audio_status=status,

@@ -35,6 +35,7 @@ import numpy as np
 from musubi_tuner.caching.pipeline import Failed, read_ahead
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.dataset.clips import iter_clips
+from musubi_tuner.dataset.frame_store import BlockPool
 from musubi_tuner.dataset.resize import resize_to_bucket
 from musubi_tuner.dataset.schema import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem
@@ -77,7 +78,7 @@ def render(path: Path, seed: int, frames: int = 120) -> Path:
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
         for index in range(frames):
             view = scene[index : index + SIZE[1], 2 * index : 2 * index + SIZE[0]]
-            grain = generator.integers(-4, 5, (*view.shape[:2], 1))
+            grain = generator.integers(-8, 9, (*view.shape[:2], 1))
             picture = np.clip(view + grain, 0, 255).astype(np.uint8)
             out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         out.mux(stream.encode())
@@ -123,7 +124,7 @@ def full_frame(path: Path, bucket: tuple[int, int]) -> None:
             clip = []
 
 
-def ours(path: Path, bucket: tuple[int, int]) -> Iterator[int]:
+def ours(path: Path, bucket: tuple[int, int], pool: BlockPool) -> Iterator[int]:
     folder = path.parent
     entry = DatasetEntry(
         *("benchmark", "video", folder, folder),
@@ -132,7 +133,7 @@ def ours(path: Path, bucket: tuple[int, int]) -> Iterator[int]:
         frame_extraction="chunk",
         source_fps=25.0,  # every frame is used, so that all do the same number
     )
-    for clip in iter_clips(SourceItem(path, path.stem, "", "video"), entry, with_audio=False):
+    for clip in iter_clips(SourceItem(path, path.stem, "", "video"), entry, with_audio=False, pool=pool):
         yield len(clip.pixels)
 
 
@@ -146,7 +147,8 @@ def in_threads(work: Callable[[Path], None]) -> Callable[[list[Path], int], None
 
 def our_pipeline(bucket: tuple[int, int]) -> Callable[[list[Path], int], None]:
     def run(files: list[Path], workers: int) -> None:
-        for _, results in read_ahead(files, lambda path: ours(path, bucket), workers=workers):
+        pool = BlockPool()
+        for _, results in read_ahead(files, lambda path: ours(path, bucket, pool), workers=workers):
             for result in results:
                 if isinstance(result, Failed):
                     raise result.error

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from media_files import index_frame, write_video
 
-from musubi_tuner.dataset.frame_store import FrameStore, join
+from musubi_tuner.dataset.frame_store import BlockPool, FrameStore, join
 from musubi_tuner.dataset.media import open_video
 from musubi_tuner.dataset.resize import YuvShrinker, resize_to_bucket
 
@@ -168,7 +168,7 @@ def _values(clip: np.ndarray) -> list[int]:
 
 
 def test_a_whole_block_of_frames_is_not_copied() -> None:
-    frames = _taken(FrameStore((8, 4), 9), 18)
+    frames = _taken(FrameStore((8, 4), 9, BlockPool()), 18)
     for first in (0, 9):
         clip = join(frames[first : first + 9])
         assert _values(clip) == list(range(first, first + 9))
@@ -177,7 +177,24 @@ def test_a_whole_block_of_frames_is_not_copied() -> None:
 
 @pytest.mark.parametrize("order", [range(5, 14), [0, 0, 1, 2, 3, 4, 5, 6, 7], [8, 7, 6, 5, 4], [2], range(0, 9, 2)])
 def test_other_frames_are_copied_in_their_order(order) -> None:
-    frames = _taken(FrameStore((8, 4), 9), 18)
+    frames = _taken(FrameStore((8, 4), 9, BlockPool()), 18)
     clip = join([frames[i] for i in order])
     assert _values(clip) == list(order)
     assert not any(np.shares_memory(clip, frame) for frame in frames)
+
+
+def test_memory_is_used_again_only_when_no_part_of_a_clip_is_left() -> None:
+    pool = BlockPool()
+    clip = join(_taken(FrameStore((8, 4), 9, pool), 9))
+    part = clip[3:5]  # outlives its clip
+    del clip
+    other = join(_taken(FrameStore((8, 4), 9, pool), 9))
+    other[:] = 77
+    assert _values(part) == [3, 4]
+    assert not np.shares_memory(pool.take((5, 4, 8, 3)), part)
+    place = part.__array_interface__["data"][0] - 3 * part[0].nbytes
+    del part
+    again = pool.take((9, 4, 8, 3))
+    assert again.__array_interface__["data"][0] == place
+    assert not np.shares_memory(again, other)
+    assert not np.shares_memory(pool.take((9, 4, 8, 3)), again)

@@ -18,7 +18,7 @@ import numpy as np
 from .audio import AudioTrack, NoAudio, cut_clip, probe_audio, to_16k
 from .buckets import AUDIO_RATE, IMAGE_FPS, SHORTEST_SOUND, Size
 from .cache import clip_base
-from .frame_store import FrameStore, join
+from .frame_store import BlockPool, FrameStore, join
 from .frames import (
     ClipWindow,
     Cut,
@@ -143,6 +143,7 @@ def iter_clips(
     with_audio: bool,
     audio_source: AudioSource | None = None,
     decode_threads: int = 1,
+    pool: BlockPool | None = None,
 ) -> Iterator[PreparedClip]:
     """Decode an item and yield its clips, each as soon as it is complete.
 
@@ -153,6 +154,7 @@ def iter_clips(
         with_audio: cut the sound of videos too; sound without picture always has it.
         audio_source: where the sound of videos comes from; by default from the video itself.
         decode_threads: of one video decoder; 0 = one for each core.
+        pool: shares the memory of clips that are done with between calls.
 
     Raises:
         MediaError: the file is missing, damaged, of unknown frame rate, or too small for a bucket.
@@ -164,7 +166,7 @@ def iter_clips(
         yield _audio_clip(item, entry)
     else:
         sound = audio_source or AudioSource() if with_audio else None
-        yield from _video_clips(item, entry, sound, decode_threads)
+        yield from _video_clips(item, entry, sound, decode_threads, pool or BlockPool())
 
 
 def require_files(item: SourceItem, *, with_audio: bool) -> None:
@@ -224,14 +226,18 @@ def _audio_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
 
 
 def _video_clips(
-    item: SourceItem, entry: DatasetEntry, sound: AudioSource | None, decode_threads: int
+    item: SourceItem,
+    entry: DatasetEntry,
+    sound: AudioSource | None,
+    decode_threads: int,
+    pool: BlockPool,
 ) -> Iterator[PreparedClip]:
     with ExitStack() as stack:
         video = stack.enter_context(_open(item, entry, decode_threads))
         bucket = _bucket(item, entry, video.info.size)
         rate, length, notes = _frame_rate(video, entry)
         track = _open_track(stack, video, item, sound) if sound else None
-        store = FrameStore(bucket, capacity=entry.extraction.longest)
+        store = FrameStore(bucket, entry.extraction.longest, pool)
 
         def convert(frame) -> np.ndarray:
             pixels = store.take()

@@ -8,24 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from musubi_tuner.cli.flags_page import PAGE, flags_page
 from musubi_tuner.cli.parser import parse
-from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig
-from musubi_tuner.config.demo import DemoConfig
-from musubi_tuner.config.inspect import InspectConfig
-from musubi_tuner.config.merge import MergeConfig
-from musubi_tuner.config.sampling import GenerateVideoConfig
-from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.cli.scripts import SCRIPTS
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = {
-    "ltx2_cache_latents.py": CacheLatentsConfig,
-    "ltx2_cache_text_encoder_outputs.py": CacheTextConfig,
-    "ltx2_demo.py": DemoConfig,
-    "ltx2_generate_video.py": GenerateVideoConfig,
-    "ltx2_inspect_dataset.py": InspectConfig,
-    "ltx2_merge_lora.py": MergeConfig,
-    "ltx2_train_network.py": TrainNetworkConfig,
-}
 
 
 def commands() -> list[list[str]]:
@@ -47,15 +34,19 @@ def script_of(command: list[str]) -> str:
 def test_documented_command_parses(command: list[str]):
     script = script_of(command)
     arguments = command[command.index(script) + 1 :]
-    parse(CONFIGS[script], arguments, prog=script, description="")
+    parse(SCRIPTS[script], arguments, prog=script, description="")
     assert (ROOT / script).exists()
 
 
 def test_there_are_commands_for_every_script():
-    assert {script_of(command) for command in commands()} == set(CONFIGS)
+    assert {script_of(command) for command in commands()} == set(SCRIPTS)
 
 
 def test_links_lead_somewhere():
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_page_of_flags_is_current():
+    assert PAGE.read_text(encoding="utf-8") == flags_page(), "run: python -m musubi_tuner.cli.flags_page"

@@ -5,13 +5,19 @@ from __future__ import annotations
 from musubi_tuner.cli.entry import entry
 from musubi_tuner.cli.parser import Parsed
 from musubi_tuner.config.caching import CacheLatentsConfig
-from musubi_tuner.config.rules_caching import latents, required, without_encoding
+from musubi_tuner.config.rules_caching import latents, required, sample_latents, without_encoding
 
 
 @entry(
     CacheLatentsConfig,
     "Encode the media of a dataset configuration into latent caches.",
-    rules=[lambda parsed: [*required(parsed.config), *latents(parsed.config), *without_encoding(parsed.config)]],
+    rules=[
+        lambda parsed: [
+            violation
+            for rule in (required, latents, sample_latents, without_encoding)
+            for violation in rule(parsed.config)
+        ]
+    ],
 )
 def main(parsed: Parsed[CacheLatentsConfig]) -> int:
     config = parsed.config

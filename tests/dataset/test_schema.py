@@ -211,9 +211,20 @@ def test_training_needs_no_sources(folder) -> None:
         ("taget_frames = [1]", "taget_frames: unknown key (did you mean 'target_frames'?)"),
         ("audio_bucket_interval = 2", "belongs to audio datasets, this is a video dataset"),
         ('ltx2_mode = "av"', "ltx2_mode: is a command-line option; give it as --ltx2_mode"),
-        ('reference_directory = "x"', "references are not supported yet"),
-        ('mask_directory = "x"', "conditioning masks are not supported yet"),
-        ('control_directory = "x"', "control images are not supported yet"),
+        ('reference_directory = "x"', "reference_cache_directory: needed with reference_directory"),
+        ('control_directory = "x"', "reference_cache_directory: needed with control_directory"),
+        ('reference_audio_directory = "x"', "reference_audio_cache_directory: needed with reference_audio_directory"),
+        (
+            'reference_cache_directory = "x"',
+            "needs reference_directory or control_directory",
+        ),
+        (
+            'reference_directory = "x"\nreference_cache_directory = "videos"',
+            "reference_cache_directory: is also the cache_directory of datasets[0]",
+        ),
+        ('mask_directory = "x"', "does not exist"),
+        ("reference_frames = 4", "reference_frames: expected a number of frames of the form 8k + 1"),
+        ("reference_downscale = 2\nresolution = [96, 64]", "expected multiples of 64 (32 x reference_downscale 2)"),
         (
             'image_directory = "images"',
             "expected exactly one of video_directory, image_directory, audio_directory",

@@ -151,11 +151,12 @@ def test_every_problem_is_reported_with_its_line(tmp_path):
     assert "line 2" not in text
 
 
-@pytest.mark.parametrize(("option", "feature"), [("--i a.png", "--i"), ("--v a.mp4", "--v"), ("--ra a.wav", "--ra")])
-def test_conditioning_of_a_later_version_says_so(tmp_path, option, feature):
-    path = write(tmp_path, "p.txt", f"A cat {option}")
-    with pytest.raises(UserError, match=rf"line 1: .*\({feature}\): not available in this version"):
+def test_a_first_frame_needs_others_after_it(tmp_path):
+    path = write(tmp_path, "p.txt", "A cat --i a.png --f 8\nA cat --i a.png --f 9\nA dog --v a.mp4 --f 1")
+    with pytest.raises(UserError, match=r"line 1: image conditioning \(--i\) .* at least 9, got 8") as error:
         load_prompts(path)
+    assert "line 2" not in str(error.value)
+    assert "line 3" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,16 @@ from torch import nn
 
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.diffusion.balance import BalanceSettings
 from musubi_tuner.diffusion.losses import LossTerm
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
 from musubi_tuner.training import trainer as trainer_module
+from musubi_tuner.training.audio_watch import AudioWatch
 from musubi_tuner.training.lr_schedulers import ScheduleSettings
+from musubi_tuner.training.setup import Compute, make_scaler
 from musubi_tuner.training.state import Progress
 from musubi_tuner.training.step import TaskSettings
+from musubi_tuner.training.supervision import SupervisionSettings
 from musubi_tuner.training.trainer import LoopSettings, StepReport, Trainer
 
 
@@ -73,7 +77,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_view", lambda self, batch, epoch: batch)
 
 
-def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=None, lr=0.1):
+def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=None, lr=0.1, watch=None):
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -90,6 +94,7 @@ def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=
         progress or Progress(seed=0),
         [recorder],
         scaler,
+        watch or AudioWatch(),
     ).run()
     return model.weight.item(), recorder
 
@@ -117,6 +122,29 @@ def test_a_batch_that_reaches_nothing_trained_does_not_stop_the_run(scaled: bool
     assert weight == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_process_without_a_batch_takes_part_in_the_step(monkeypatch: pytest.MonkeyPatch, precision: str):
+    """Its own loader is empty, the gradients and losses of another process arrive."""
+    scaler = make_scaler(Compute(None, torch.device("cpu"), torch.float32, precision), Progress(seed=0))
+    arriving = scaler.get_scale() if scaler else 1.0
+
+    def average(parameters):
+        assert all(p.grad is None for p in parameters)
+        for p in parameters:
+            p.grad = torch.full_like(p, 0.5 * arriving)
+
+    other = torch.tensor([[3.0, 3.0, 0.0, 0.5], [1.0, 1.0, 0.0, 1.0]])
+    monkeypatch.setattr(trainer_module, "average_gradients", average)
+    monkeypatch.setattr(trainer_module, "sum_over_processes", lambda own: own + other)
+    monkeypatch.setattr(Loader, "batches_per_epoch", lambda self, world_size: 1)
+    weight, recorder = run([], steps=2, scaler=scaler)
+    assert recorder.positions == [(1, 1, 0), (2, 2, 0)]
+    assert [(r.loss, r.losses, r.num_tokens, r.stepped) for r in recorder.reports] == [
+        (3.0, {"video": 3.0}, 0, True)
+    ] * 2
+    assert weight == pytest.approx(1 - 2 * 0.1 * 0.5)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_non_finite_loss_drops_one_step_only(scaled: bool):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
@@ -139,3 +167,31 @@ def test_a_state_from_the_middle_of_a_longer_epoch_does_not_hang(caplog: pytest.
     _, recorder = run([View()] * 4, steps=7, progress=progress)
     assert recorder.positions == [(6, 2, 1), (7, 2, 2)]
     assert "4 batches an epoch, 7 when the state was saved" in caplog.text
+
+
+def test_the_loss_of_a_step_has_the_balance_of_the_steps_before():
+    """Two of four batches have sound: P goes 1, 0.75, 0.625, and the audio term counts 1 / P."""
+    watch = AudioWatch(balance=BalanceSettings("inv_freq", beta=0.5))
+    progress = Progress(seed=0)
+    views = [View(1.0, audio=3.0), View(1.0)] * 4
+    _, recorder = run(views, steps=3, accumulation=2, lr=0.0, watch=watch, progress=progress)
+    for report, presence in zip(recorder.reports, (1.0, 0.75, 0.625), strict=True):
+        assert report.loss == pytest.approx((1 + 3 / presence + 1) / 2)
+        assert report.losses["audio"] == pytest.approx(3.0), "losses of a modality are reported as they are"
+        assert report.scalars["loss/audio_weight_effective"] == pytest.approx(1 / presence)
+    assert progress.audio_balance["presence"] == pytest.approx(0.5625)
+
+
+def test_a_dropped_step_leaves_the_running_losses_alone():
+    watch = AudioWatch(balance=BalanceSettings("ema_mag", ema_decay=0.5))
+    progress = Progress(seed=0)
+    run([View(float("nan"), audio=3.0), View(2.0)], steps=2, watch=watch, progress=progress, lr=0.0)
+    assert progress.audio_balance["video_loss"] == pytest.approx(1.5), "start 1, then 2"
+
+
+def test_too_little_sound_ends_the_run_when_it_should():
+    watch = AudioWatch(supervision=SupervisionSettings("error", warmup=4, interval=2, min_ratio=0.6))
+    progress = Progress(seed=0)
+    with pytest.raises(UserError, match="2 of 4 training batches"):
+        run([View(1.0, audio=1.0), View(1.0)] * 9, steps=9, watch=watch, progress=progress)
+    assert progress.global_step == 3

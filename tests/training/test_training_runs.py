@@ -54,6 +54,18 @@ EXACT_RESUME = {
         *("--lr_warmup_steps", "2", "--gradient_checkpointing", "--caption_dropout_rate", "0.4"),
         *("--ltx2_first_frame_conditioning_p", "0.5", "--independent_audio_timestep"),
     ),
+    "balance, buckets": (
+        *(
+            "--audio_loss_balance_mode",
+            "ema_mag",
+            "--audio_loss_balance_ema_decay",
+            "0.5",
+            "--num_timestep_buckets",
+            "3",
+        ),
+        *("--audio_silence_regularizer", "--audio_supervision_mode", "warn", "--independent_audio_timestep"),
+        *("--timestep_sampling", "qinglong_flux", "--min_timestep", "100", "--preserve_distribution_shape"),
+    ),
     "8-bit optimizer": ("--optimizer_type", "AdamW8bit"),
 }
 

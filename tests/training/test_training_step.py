@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from musubi_tuner.common.av import AV
 from musubi_tuner.dataset.batch import AudioLatents, Batch, SampleKey, TextEmbeds, VideoLatents
+from musubi_tuner.diffusion.level_pool import LevelPool
 from musubi_tuner.diffusion.losses import total
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
 from musubi_tuner.training.step import TaskSettings, prepare_view, view_losses
@@ -112,3 +113,47 @@ def test_loss_is_the_flow_matching_error_of_the_reference_model(version: str):
     video_error = (prediction.video - (video.noise - latents))[:, 4:].square().mean()
     audio_error = (prediction.audio - (audio.noise - sound)).square().mean()
     torch.testing.assert_close(loss, 2 * video_error + 0.5 * audio_error, rtol=1e-5, atol=1e-6)
+
+
+def test_missing_sound_is_trained_as_silence_of_lower_weight():
+    """With the regulariser a clip without sound is trained as if its sound were cached as zeros."""
+    model, version = model_of("2.3"), "2.3"
+    batch = batch_of(6, 0, version=version)
+    task = settings(silence_weight=0.25, weights=AV(video=1.0, audio=2.0))
+    view = prepare_view(batch, task, epoch=0, num_blocks=2)
+    terms = view_losses(model, view, task)
+
+    zeros = torch.zeros(1, 8, 17, 16)  # as long as 17 pixel frames at 25 fps
+    cached = replace(
+        batch,
+        audio=AudioLatents(torch.cat([pad(batch.audio.latents[:1], (0, 0, 0, 17 - 6)), zeros]), torch.tensor([6, 17])),
+    )
+    plain = view_losses(model, prepare_view(cached, settings(), epoch=0, num_blocks=2), settings())
+    assert view.perturbations is None
+    torch.testing.assert_close(terms["video"].value, plain["video"].value)
+    torch.testing.assert_close(terms["audio"].mean(), plain["audio"].value[0])
+    torch.testing.assert_close(terms["audio_silence"].mean(), plain["audio"].value[1])
+    weighed = plain["video"].mean() + (2.0 * plain["audio"].value[0] + 0.5 * plain["audio"].value[1]) / 2
+    torch.testing.assert_close(total(terms), weighed)
+
+
+def test_silence_changes_nothing_where_all_clips_have_sound():
+    model, batch = model_of("2.0"), batch_of(6, 3, version="2.0")
+    plain, filled = settings(), settings(silence_weight=0.25)
+    views = [prepare_view(batch, task, epoch=0, num_blocks=2) for task in (plain, filled)]
+    losses = [total(view_losses(model, view, task)) for view, task in zip(views, (plain, filled), strict=True)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_levels_come_from_the_pool(independent: bool):
+    batch = batch_of(6, 3, version="2.3")
+    pool = LevelPool(3, 4, batch.keys)
+    sampler = NoiseLevelSampler(sampling="uniform")
+    task = settings(sampler=sampler, level_pool=pool, independent_audio_timestep=independent)
+    tokens = prepare_view(batch, task, epoch=2, num_blocks=2).tokens
+    shares = pool.deal(2, batch.keys)
+    torch.testing.assert_close(tokens.video.sigma, shares.video.float())
+    torch.testing.assert_close(tokens.audio.sigma, (shares.audio if independent else shares.video).float())
+    free = prepare_view(batch, replace(task, level_pool=None), epoch=2, num_blocks=2).tokens
+    assert torch.equal(free.video.noise, tokens.video.noise)

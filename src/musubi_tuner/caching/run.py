@@ -16,12 +16,13 @@ from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig, Dat
 from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.dataset.clips import AudioSource
 from musubi_tuner.dataset.items import EncoderRecord
-from musubi_tuner.dataset.schema import check_mode, load_dataset_config
+from musubi_tuner.dataset.manifest import save_dataset_manifest
+from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
 from musubi_tuner.models.checkpoint import Checkpoint
 
 from .latent_outputs import LatentRecipe, VirtualGeometry
 from .latents import RunOptions, cache_latents
-from .pipeline import prepare_directories
+from .pipeline import Summary, prepare_directories
 from .text import Encoder, TextRecipe, cache_sample_prompts, cache_text, gemma_fingerprint, read_sample_prompts
 
 if TYPE_CHECKING:
@@ -41,8 +42,11 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
     assert config.dataset.dataset_config is not None
     assert config.checkpoint.ltx2_checkpoint is not None
     # Imported here: each script is spared the other's libraries.
+    from musubi_tuner.generation.latent_cache import DEFAULT_NAME
     from musubi_tuner.models.audio_vae import load_audio_vae
     from musubi_tuner.models.video_vae import load_video_vae
+
+    from .sample_latents import cache_sample_latents, read_conditioned_prompts
 
     datasets = load_dataset_config(config.dataset.dataset_config)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)
@@ -54,6 +58,7 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
     if mode != "video":
         checkpoint.require("audio_vae", "caching audio latents")
 
+    samples = read_conditioned_prompts(config.samples, mode)
     prepare_directories(datasets)
     recipe = _latent_recipe(config, mode, checkpoint, vae_checkpoint)
     video_vae = audio_vae = None
@@ -62,11 +67,15 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
         set_memory_options(video_vae, config)
     if mode != "video":
         audio_vae = load_audio_vae(checkpoint, dtype=recipe.audio_dtype, device=device)
+    if samples:  # first: what is wrong with them shows at once, not after the dataset
+        path = config.samples.sample_latents_cache or datasets.datasets[0].cache_directory / DEFAULT_NAME
+        prompt_file = config.samples.sample_prompts
+        cache_sample_latents(path, samples, prompt_file, recipe, video_vae=video_vae, audio_vae=audio_vae)
     with _resumable():
         summary = cache_latents(
             datasets, recipe, video_vae=video_vae, audio_vae=audio_vae, options=_options(config.dataset)
         )
-    return summary.finish(allow_failed=config.dataset.allow_failed)
+    return _finish(config.dataset, datasets, summary, text_is_cached=False)
 
 
 def _latent_recipe(
@@ -153,7 +162,7 @@ def run_cache_text(config: CacheTextConfig) -> int:
     if prompts:
         path = text.sample_prompts_cache or datasets.datasets[0].cache_directory / DEFAULT_NAME
         cache_sample_prompts(path, prompts, recipe, encoder())
-    return summary.finish(allow_failed=config.dataset.allow_failed)
+    return _finish(config.dataset, datasets, summary, text_is_cached=True)
 
 
 def _gemma_id(gemma: GemmaConfig) -> str:
@@ -167,6 +176,15 @@ def _gemma_id(gemma: GemmaConfig) -> str:
 
 def _options(config: DatasetRunConfig) -> RunOptions:
     return RunOptions(config.batch_size, config.num_workers, config.skip_existing, config.keep_cache)
+
+
+def _finish(config: DatasetRunConfig, datasets: DatasetConfig, summary: Summary, *, text_is_cached: bool) -> int:
+    """Report the run and save the manifest that was asked for; the exit status."""
+    status = summary.finish(allow_failed=config.allow_failed)
+    if config.save_dataset_manifest is not None:
+        path = config.save_dataset_manifest
+        save_dataset_manifest(path, datasets, text_is_cached=text_is_cached, failures=len(summary.failures))
+    return status
 
 
 @contextmanager

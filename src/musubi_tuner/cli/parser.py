@@ -104,6 +104,14 @@ def flag_specs(config_class: type) -> list[FlagSpec]:
     return specs
 
 
+def group_titles(config_class: type) -> dict[str, str]:
+    """What each group of flags is called in ``--help``: the first line of its docstring."""
+    return {
+        group: (group_class.__doc__ or group).strip().splitlines()[0].rstrip(".")
+        for group, group_class in _groups(config_class)
+    }
+
+
 def _groups(config_class: type) -> Iterable[tuple[str, type]]:
     hints = typing.get_type_hints(config_class)
     return [(f.name, hints[f.name]) for f in dataclasses.fields(config_class)]
@@ -154,8 +162,8 @@ def build_parser(config_class: type, prog: str, description: str) -> argparse.Ar
         "--config_file", type=Path, metavar="TOML", help="read flags from a TOML file; the command line wins"
     )
     specs = flag_specs(config_class)
-    for group, group_class in _groups(config_class):
-        section = parser.add_argument_group((group_class.__doc__ or group).strip().splitlines()[0].rstrip("."))
+    for group, title in group_titles(config_class).items():
+        section = parser.add_argument_group(title)
         for spec in (s for s in specs if s.group == group):
             _add(section, spec)
     return parser
@@ -166,7 +174,7 @@ def _add(section: Any, spec: FlagSpec) -> None:
     help_text = (spec.info.help + _default_text(spec)).replace("%", "%%")
     if spec.is_bool:
         section.add_argument(*options, dest=spec.name, action="store_const", const=True, help=help_text)
-        negation_help = f"turn --{spec.name} off" if spec.default else argparse.SUPPRESS
+        negation_help = f"turn --{spec.name} off" if spec.default is not False else argparse.SUPPRESS
         section.add_argument(
             *(f"--{n}" for n in spec.negations),
             dest=spec.name,

@@ -21,6 +21,9 @@ class DatasetRunConfig:
     keep_cache: bool = flag(False, "keep cache files that the dataset no longer produces")
     allow_failed: bool = flag(False, "exit with 0 even when some items failed")
     device: str | None = flag(None, "device of the encoder; not given: cuda if present, else cpu")
+    save_dataset_manifest: Path | None = flag(
+        None, "when done, list the caches in this file (.json), from which training needs neither sources nor TOML"
+    )
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,20 @@ class WithoutEncodingConfig:
 
 
 @dataclass(frozen=True)
+class SampleLatentsConfig:
+    """Conditioning of samples."""
+
+    precache_sample_latents: bool = flag(
+        False, "also encode what the prompts of --sample_prompts are conditioned on (--i, --v, --ra)"
+    )
+    sample_prompts: Path | None = flag(None, "prompt file (.txt, .toml, .json)")
+    sample_latents_cache: Path | None = flag(None, "where their latents go; not given: the first cache_directory")
+    width: int = flag(768, "width of prompts that give none, pixels; as in training")
+    height: int = flag(512, "height of prompts that give none, pixels; as in training")
+    sample_num_frames: int = flag(45, "frames of prompts that give none; as in training")
+
+
+@dataclass(frozen=True)
 class CacheLatentsConfig:
     """``ltx2_cache_latents.py``"""
 
@@ -93,6 +110,7 @@ class CacheLatentsConfig:
     dataset: DatasetRunConfig = DatasetRunConfig()
     encoding: LatentEncodingConfig = LatentEncodingConfig()
     audio: AudioSourceConfig = AudioSourceConfig()
+    samples: SampleLatentsConfig = SampleLatentsConfig()
     without: WithoutEncodingConfig = WithoutEncodingConfig()
 
 

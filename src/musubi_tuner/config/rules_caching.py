@@ -20,6 +20,7 @@ def required(config: CacheLatentsConfig | CacheTextConfig) -> Iterable[str]:
             yield f"--{name} is required"
     yield from missing(needed)
     yield from _counts(config.dataset)
+    yield from _manifest(config.dataset)
 
 
 def latents(config: CacheLatentsConfig) -> Iterable[str]:
@@ -46,11 +47,25 @@ def latents(config: CacheLatentsConfig) -> Iterable[str]:
         yield f"--audio_video_latent_channels {audio.audio_video_latent_channels}: expected at least 1"
 
 
+def sample_latents(config: CacheLatentsConfig) -> Iterable[str]:
+    """Options for what samples are conditioned on."""
+    samples = config.samples
+    if samples.precache_sample_latents and samples.sample_prompts is None:
+        yield "--precache_sample_latents needs --sample_prompts"
+    if samples.sample_prompts is not None and not samples.precache_sample_latents:
+        yield "--sample_prompts needs --precache_sample_latents"
+    if samples.precache_sample_latents and config.without.requested:
+        yield "--precache_sample_latents encodes, --dry_run and --debug_mode do not; leave one out"
+    yield from missing({"sample_prompts": samples.sample_prompts})
+
+
 def without_encoding(config: CacheLatentsConfig) -> Iterable[str]:
     """Options that look at the clips instead of caching them."""
     without = config.without
     if without.dry_run and without.debug_mode is not None:
         yield "--dry_run and --debug_mode exclude each other; give one"
+    if without.requested and config.dataset.save_dataset_manifest is not None:
+        yield "--save_dataset_manifest lists what a run has cached; --dry_run and --debug_mode cache nothing"
     if without.encode_rate is not None and not without.dry_run:
         yield "--encode_rate needs --dry_run"
     if without.encode_rate is not None and without.encode_rate <= 0:
@@ -89,6 +104,16 @@ def text(config: CacheTextConfig) -> Iterable[str]:
             "sample_prompts": prompts.sample_prompts,
         }
     )
+
+
+def _manifest(dataset: DatasetRunConfig) -> Iterable[str]:
+    manifest, config = dataset.save_dataset_manifest, dataset.dataset_config
+    if manifest is None:
+        return
+    if manifest.is_dir():
+        yield f"--save_dataset_manifest {manifest}: is a folder, expected a file"
+    if config is not None and manifest.resolve() == config.resolve():
+        yield f"--save_dataset_manifest {manifest}: would replace the dataset configuration; choose another name"
 
 
 def _counts(dataset: DatasetRunConfig) -> Iterable[str]:

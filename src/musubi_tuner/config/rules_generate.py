@@ -38,6 +38,8 @@ def _prompts(config: GenerateVideoConfig) -> Iterable[str]:
             yield "--use_precached_sample_prompts needs --sample_prompts_cache"
     elif gemma.gemma_root is None and gemma.gemma_safetensors is None:
         yield "encoding prompts needs --gemma_root or --gemma_safetensors (or --use_precached_sample_prompts)"
+    if config.conditioning.use_precached_sample_latents and config.conditioning.sample_latents_cache is None:
+        yield "--use_precached_sample_latents needs --sample_latents_cache"
     if gemma.gemma_load_in_8bit and gemma.gemma_load_in_4bit:
         yield "--gemma_load_in_8bit and --gemma_load_in_4bit exclude each other"
 

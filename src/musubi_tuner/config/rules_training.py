@@ -29,16 +29,24 @@ def unavailable(config: TrainNetworkConfig) -> Iterable[str]:
 
 def required(config: TrainNetworkConfig) -> Iterable[str]:
     """Files and folders that a run cannot do without, and whether they exist."""
+    if config.timestep.show_timesteps is not None:
+        return
     needed = {
         "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint,
-        "dataset_config": config.data.dataset_config,
         "output_dir": config.save.output_dir,
     }
     for name, value in needed.items():
         if value is None:
             yield f"--{name} is required"
+    data = config.data
+    if data.dataset_config is None and data.dataset_manifest is None:
+        yield "--dataset_config is required, or else --dataset_manifest"
+    if data.dataset_config is not None and data.dataset_manifest is not None:
+        yield "--dataset_config and --dataset_manifest exclude each other; give one"
     yield from missing(
         {
+            "dataset_config": data.dataset_config,
+            "dataset_manifest": data.dataset_manifest,
             **{k: v for k, v in needed.items() if k != "output_dir"},
             "network_weights": config.network.network_weights,
             "sample_prompts": config.preview.sample_prompts,
@@ -53,6 +61,7 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
 def ranges(config: TrainNetworkConfig) -> Iterable[str]:
     """Numbers outside their range."""
     optimizer, timestep, loss, data = config.optimizer, config.timestep, config.loss, config.data
+    audio = config.audio_loss
     at_least_one = {
         "gradient_accumulation_steps": optimizer.gradient_accumulation_steps,
         "max_train_steps": optimizer.max_train_steps,
@@ -76,18 +85,29 @@ def ranges(config: TrainNetworkConfig) -> Iterable[str]:
         "video_loss_weight": loss.video_loss_weight,
         "audio_loss_weight": loss.audio_loss_weight,
         "max_data_loader_n_workers": data.max_data_loader_n_workers,
+        "audio_loss_balance_min": audio.audio_loss_balance_min,
+        "audio_loss_balance_target_ratio": audio.audio_loss_balance_target_ratio,
+        "audio_silence_regularizer_weight": audio.audio_silence_regularizer_weight,
+        "audio_supervision_warmup_steps": audio.audio_supervision_warmup_steps,
     }
     yield from (f"--{k}: expected 0 or more, got {v}" for k, v in not_negative.items() if v is not None and v < 0)
     positive = {
         "logit_std": timestep.logit_std,
         "huber_delta": loss.huber_delta,
         "audio_bucket_interval": data.audio_bucket_interval,
+        "discrete_flow_shift": timestep.discrete_flow_shift,
+        "sigmoid_scale": timestep.sigmoid_scale,
+        "audio_loss_balance_eps": audio.audio_loss_balance_eps,
+        "audio_loss_balance_max": audio.audio_loss_balance_max,
+        "audio_loss_balance_ema_init": audio.audio_loss_balance_ema_init,
+        "audio_supervision_check_interval": audio.audio_supervision_check_interval,
     }
     yield from (f"--{k}: expected more than 0, got {v}" for k, v in positive.items() if v is not None and v <= 0)
     shares = {
         "caption_dropout_rate": loss.caption_dropout_rate,
         "ltx2_first_frame_conditioning_p": loss.ltx2_first_frame_conditioning_p,
         "shifted_logit_uniform_prob": timestep.shifted_logit_uniform_prob,
+        "audio_supervision_min_ratio": audio.audio_supervision_min_ratio,
     }
     yield from (f"--{k}: expected 0 to 1, got {v}" for k, v in shares.items() if not 0 <= v <= 1)
     if not 0 <= timestep.shifted_logit_eps <= 0.499:
@@ -97,6 +117,58 @@ def ranges(config: TrainNetworkConfig) -> Iterable[str]:
     low, high = timestep.min_timestep or 0, 1000 if timestep.max_timestep is None else timestep.max_timestep
     if not 0 <= low < high <= 1000:
         yield f"--min_timestep {low} --max_timestep {high}: expected 0 <= min < max <= 1000"
+    if timestep.num_timestep_buckets is not None and timestep.num_timestep_buckets < 2:
+        yield f"--num_timestep_buckets: expected at least 2, got {timestep.num_timestep_buckets}"
+
+
+def audio_balance(config: TrainNetworkConfig) -> Iterable[str]:
+    """Numbers of the audio balance outside their range."""
+    audio = config.audio_loss
+    if not 0 < audio.audio_loss_balance_beta <= 1:
+        yield f"--audio_loss_balance_beta: expected more than 0, at most 1, got {audio.audio_loss_balance_beta}"
+    if not 0 < audio.audio_loss_balance_ema_decay < 1:
+        yield f"--audio_loss_balance_ema_decay: expected between 0 and 1, got {audio.audio_loss_balance_ema_decay}"
+    low, high = audio.audio_loss_balance_min, audio.audio_loss_balance_max
+    if low > high:
+        yield f"--audio_loss_balance_min {low} --audio_loss_balance_max {high}: expected min <= max"
+    if audio.audio_loss_balance_mode == "inv_freq" and audio.audio_loss_balance_ema_init > 1:
+        yield (
+            "--audio_loss_balance_ema_init: expected at most 1 with inv_freq, where it is a share of batches, got "
+            f"{audio.audio_loss_balance_ema_init}"
+        )
+
+
+def mode_fits(config: TrainNetworkConfig) -> Iterable[str]:
+    """Flags about sound that the mode has no use for."""
+    audio, mode = config.audio_loss, config.checkpoint.ltx2_mode
+    wanted = {
+        "audio_loss_balance_mode ema_mag": (audio.audio_loss_balance_mode == "ema_mag", ("av",)),
+        "audio_loss_balance_mode inv_freq": (audio.audio_loss_balance_mode == "inv_freq", ("av", "audio")),
+        "audio_silence_regularizer": (audio.audio_silence_regularizer, ("av",)),
+        "audio_supervision_mode": (audio.audio_supervision_mode != "off", ("av",)),
+    }
+    for name, (is_on, modes) in wanted.items():
+        if is_on and mode not in modes:
+            yield f"--{name} needs --ltx2_mode {' or '.join(modes)}, got {mode}"
+
+
+def audio_batches(config: TrainNetworkConfig) -> Iterable[str]:
+    """How batches with sound are spread."""
+    quota, probability = config.data.min_audio_batches_per_accum, config.data.audio_batch_probability
+    accumulation = config.optimizer.gradient_accumulation_steps
+    if quota < 0:
+        yield f"--min_audio_batches_per_accum: expected 0 or more, got {quota}"
+    elif quota > accumulation:
+        yield (
+            f"--min_audio_batches_per_accum {quota}: expected at most --gradient_accumulation_steps ({accumulation}); "
+            "lower it, or accumulate more batches"
+        )
+    if probability is None:
+        return
+    if not 0 <= probability <= 1:
+        yield f"--audio_batch_probability: expected 0 to 1, got {probability}"
+    if quota != 0:
+        yield "--min_audio_batches_per_accum and --audio_batch_probability exclude each other; give one of them"
 
 
 def combinations(config: TrainNetworkConfig) -> Iterable[str]:
@@ -124,7 +196,18 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
         yield f"--log_with {config.tracking.log_with} needs --logging_dir"
 
 
+_RULES = (
+    required,
+    unavailable,
+    ranges,
+    audio_balance,
+    mode_fits,
+    audio_batches,
+    combinations,
+)
+
+
 def all_rules(parsed: Any) -> list[str]:
     """Every violation, in the order of the rules above."""
     config: TrainNetworkConfig = parsed.config
-    return [v for rule in (required, unavailable, ranges, combinations) for v in rule(config)]
+    return [v for rule in _RULES for v in rule(config)]

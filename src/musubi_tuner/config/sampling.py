@@ -46,6 +46,24 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True)
+class SampleConditioningConfig:
+    """Conditioning of samples (--i, --v and --ra in prompt files)."""
+
+    use_precached_sample_latents: bool | None = flag(
+        None, "read what prompts are conditioned on from the cache; not given: where the cache exists"
+    )
+    sample_latents_cache: Path | None = flag(
+        None, "the cached latents; training, not given: in the first cache_directory"
+    )
+    sample_i2v_token_timestep_mask: bool = flag(
+        True, "tell the transformer that the tokens of a given first frame are clean"
+    )
+    audio_ref_use_negative_positions: bool = flag(
+        False, "place an audio reference before time 0, for LoRAs that were trained so"
+    )
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """Generation."""
 
@@ -107,4 +125,5 @@ class GenerateVideoConfig:
     generate: GenerateConfig = GenerateConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     lora: GenerateLoraConfig = GenerateLoraConfig()
+    conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()

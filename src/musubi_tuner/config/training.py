@@ -8,7 +8,7 @@ from typing import Literal
 
 from .flag import flag
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
-from .sampling import PreviewConfig, SampleDecodeConfig
+from .sampling import PreviewConfig, SampleConditioningConfig, SampleDecodeConfig
 
 
 def steps_or_share(text: str) -> float:
@@ -47,12 +47,19 @@ class MemoryConfig:
 class DataConfig:
     """Dataset."""
 
-    dataset_config: Path | None = flag(None, "dataset configuration, TOML or JSON (required)")
+    dataset_config: Path | None = flag(None, "dataset configuration, TOML or JSON (this or --dataset_manifest)")
+    dataset_manifest: Path | None = flag(None, "manifest that caching saved; needs neither sources nor configuration")
     max_data_loader_n_workers: int = flag(8, "processes that read batches ahead (at most the CPU count); 0 = none")
     persistent_data_loader_workers: bool = flag(False, "keep the loader processes between epochs")
     separate_audio_buckets: bool | None = flag(None, "keep items with and without sound in separate batches")
     audio_bucket_strategy: Literal["pad", "truncate"] | None = flag(None, "bring audio lengths of a bucket together")
     audio_bucket_interval: float | None = flag(None, "step of the audio length buckets, seconds")
+    min_audio_batches_per_accum: int = flag(
+        0, "batches with sound in every optimizer step at least, over all processes, while they last; 0 = off"
+    )
+    audio_batch_probability: float | None = flag(
+        None, "probability that the next batch is one with sound, while there are both kinds (not given: off)"
+    )
     audio_only_sequence_resolution: int = flag(
         64, "mode audio: side of the virtual video for the timestep shift; 0 = as cached"
     )
@@ -93,24 +100,50 @@ class OptimizerConfig:
     seed: int | None = flag(None, "seed of everything random (not given: drawn and logged)")
 
 
+TimestepSampling = Literal[
+    "shifted_logit_normal",
+    "sigma",
+    "uniform",
+    "sigmoid",
+    "shift",
+    "flux_shift",
+    "flux2_shift",
+    "qwen_shift",
+    "logsnr",
+    "qinglong_flux",
+    "qinglong_qwen",
+]
+
+
 @dataclass(frozen=True)
 class TimestepConfig:
     """Timesteps."""
 
-    timestep_sampling: Literal["shifted_logit_normal", "sigma", "uniform"] = flag(
+    timestep_sampling: TimestepSampling = flag(
         "shifted_logit_normal", "distribution of noise levels (sigma means shifted_logit_normal)"
     )
-    logit_mean: float = flag(0.0, "mean of the logit-normal distribution, added to the shift")
-    logit_std: float = flag(1.0, "standard deviation of the logit-normal distribution")
+    logit_mean: float = flag(0.0, "shifted_logit_normal: added to the shift; logsnr: mean of the log SNR")
+    logit_std: float = flag(1.0, "shifted_logit_normal, logsnr: standard deviation of the normal distribution")
     shifted_logit_mode: Literal["legacy", "stretched"] | None = flag(
         None, "variant of the sampler; not given: legacy for 2.0, stretched for 2.3"
     )
     shifted_logit_eps: float = flag(1e-3, "stretched: lowest noise level, values below are reflected")
     shifted_logit_uniform_prob: float = flag(0.1, "stretched: share of uniform draws")
     shifted_logit_shift: float | None = flag(None, "shift; not given: by the number of tokens")
+    discrete_flow_shift: float = flag(1.0, "shift: odds of the noise level are multiplied by this")
+    sigmoid_scale: float = flag(1.0, "sigmoid and the *_shift samplings: standard deviation of the logits")
     min_timestep: int | None = flag(None, "lowest noise level, 0 to 1000")
     max_timestep: int | None = flag(None, "highest noise level, 0 to 1000")
+    preserve_distribution_shape: bool = flag(False, "draw again until a level is in range instead of squeezing")
+    num_timestep_buckets: int | None = flag(None, "spread the levels of an epoch evenly over so many quantiles")
     independent_audio_timestep: bool = flag(False, "draw the audio noise level apart from the video's")
+    weighting_scheme: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = flag(
+        "none", "no effect: LTX-2 is trained with equal weight at every noise level"
+    )
+    mode_scale: float = flag(1.29, "no effect: belongs to --weighting_scheme mode")
+    show_timesteps: Literal["image", "console"] | None = flag(
+        None, "show the distribution of noise levels for --height, --width and --sample_num_frames, and exit"
+    )
 
 
 @dataclass(frozen=True)
@@ -123,6 +156,30 @@ class LossConfig:
     audio_loss_weight: float = flag(1.0, "weight of the audio loss")
     caption_dropout_rate: float = flag(0.0, "probability to train a sample without its caption")
     ltx2_first_frame_conditioning_p: float = flag(0.1, "probability to keep a sample's first latent frame clean")
+
+
+@dataclass(frozen=True)
+class AudioLossConfig:
+    """Balance and supervision of the audio loss."""
+
+    audio_loss_balance_mode: Literal["none", "inv_freq", "ema_mag"] = flag(
+        "none", "adapt the weight of the audio loss: to how rare sound is, or to the size of the losses (mode av)"
+    )
+    audio_loss_balance_beta: float = flag(0.01, "inv_freq: rate at which the share of batches with sound is followed")
+    audio_loss_balance_eps: float = flag(0.05, "inv_freq: lowest share to divide by")
+    audio_loss_balance_min: float = flag(0.05, "lowest weight that balancing gives")
+    audio_loss_balance_max: float = flag(4.0, "highest weight that balancing gives")
+    audio_loss_balance_ema_init: float = flag(1.0, "start of the running means")
+    audio_loss_balance_target_ratio: float = flag(0.33, "ema_mag: audio loss to reach, relative to the video loss")
+    audio_loss_balance_ema_decay: float = flag(0.99, "ema_mag: decay of the running means of the losses")
+    audio_silence_regularizer: bool = flag(False, "mode av: train clips without sound on silence")
+    audio_silence_regularizer_weight: float = flag(1.0, "the audio loss of such clips is multiplied by this")
+    audio_supervision_mode: Literal["off", "warn", "error"] = flag(
+        "off", "mode av: what to do when too few batches have sound"
+    )
+    audio_supervision_warmup_steps: int = flag(50, "batches before the first check")
+    audio_supervision_check_interval: int = flag(50, "batches between checks")
+    audio_supervision_min_ratio: float = flag(0.9, "share of batches that must have sound")
 
 
 @dataclass(frozen=True)
@@ -176,7 +233,9 @@ class TrainNetworkConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     timestep: TimestepConfig = TimestepConfig()
     loss: LossConfig = LossConfig()
+    audio_loss: AudioLossConfig = AudioLossConfig()
     preview: PreviewConfig = PreviewConfig()
+    conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()
     save: SaveConfig = SaveConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -1,13 +1,14 @@
 """Which cached items a run has, found from the configuration and the headers of the cache files.
 
-Only items of the configuration count: a cache directory may hold leftovers and files of other programs.
+Only items of the configuration, or files of the manifest, count: a cache directory may hold leftovers and files of
+other programs.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.config.model import Mode
 
-from .buckets import IMAGE_FPS, SPATIAL_STRIDE, TEMPORAL_STRIDE, audio_bucket_step, bucket_sizes
+from .buckets import IMAGE_FPS, audio_bucket_step, bucket_sizes, pixel_frames, pixel_size
 from .cache import (
     AudioHeader,
     CacheName,
@@ -32,6 +33,7 @@ from .cache import (
 from .fingerprint import cached_settings, encoder_record, short_list
 from .frames import can_start_at
 from .items import MODALITIES, CachedDataset, CachedItem, CacheProblem, MadeBy, Repair, TrainingSet
+from .listed_files import ListedFiles
 from .schema import DatasetConfig, DatasetEntry
 from .sources import list_items
 
@@ -60,7 +62,7 @@ def discover(
         ConfigErrors: a dataset without any usable item, with the counts of each stage and what to do.
     """
     entries = config.validation if validation else config.datasets
-    finds = [_Search(entry, mode).run() for entry in entries]
+    finds = [CacheSearch(entry, mode).run() for entry in entries]
     empty = [find for find in finds if not find.items and not find.problems]
     if empty:
         raise ConfigErrors([_explain_empty(find) for find in empty], f"{config.path}: no cached items")
@@ -95,22 +97,34 @@ class _Find:
     uncached: list[str] = field(default_factory=list)  # sources without latents
     textless: list[str] = field(default_factory=list)
     soundless: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)  # since the manifest was saved
     uncaptioned: int = 0
 
 
-class _Search:
+class CacheSearch:
     """Finds the cached items of one dataset."""
 
     def __init__(self, entry: DatasetEntry, mode: Mode) -> None:
         self.entry = entry
         self.mode = mode
         self.found = _Find(entry)
-        self.names = list_caches(entry.cache_directory)
+        present = list_caches(entry.cache_directory)
+        self.listed = None if entry.files is None else ListedFiles(entry.files)
+        self.names = {n: path for n, path in present.items() if self.listed is None or n in self.listed}
+        self.strangers = [n for n in present if n not in self.names and n.kind == "latents"]
         self.captions = self._captions()
         self._texts: dict[Path, TextHeader | None] = {}
 
     def run(self) -> _Find:
+        for stem, name, header in self.current_clips():
+            self._add_item(stem, name, header)
+        self._note_missing()
+        return self.found
+
+    def current_clips(self) -> Iterator[tuple[str, CacheName, LatentHeader]]:
+        """The latents that belong to the dataset, each with the stem of its source; the others are noted."""
         found = self.found
+        found.strangers += [name.base for name in self.strangers]
         by_stem: dict[str, list[CacheName]] = defaultdict(list)
         for name in self.names:
             if name.kind == "text":
@@ -123,10 +137,10 @@ class _Search:
                 found.strangers.append(name.base)
             else:
                 by_stem[stem].append(name)
-        for stem, names in by_stem.items():
-            self._add_source(stem, names)
         found.uncached = [stem for stem in self.captions or () if stem not in by_stem]
-        return found
+        for stem, names in by_stem.items():
+            for name, header in self._current(names):
+                yield stem, name, header
 
     def _captions(self) -> dict[str, str] | None:
         """Caption by stem, or ``None`` when the sources are not there."""
@@ -141,8 +155,8 @@ class _Search:
         clip = split_clip_base(name.base) if self.entry.kind == "video" else None
         return clip[0] if clip else name.base
 
-    def _add_source(self, stem: str, names: list[CacheName]) -> None:
-        """All clips of one source. Outdated ones matter only if there are no others."""
+    def _current(self, names: list[CacheName]) -> list[tuple[CacheName, LatentHeader]]:
+        """The current clips of one source. Outdated ones matter only if there are no others, or if they are listed."""
         current: list[tuple[CacheName, LatentHeader]] = []
         outdated: list[tuple[str, str]] = []
         for name in names:
@@ -154,19 +168,18 @@ class _Search:
                 current.append((name, header))
             else:
                 outdated.append((name.base, cause))
-        if current:
+        if current and self.listed is None:
             self.found.leftovers += [base for base, _ in outdated]
         else:
             self.found.problems += [CacheProblem(cause, base, "latents") for base, cause in outdated]
-        for name, header in current:
-            self._add_item(stem, name, header)
+        return current
 
     def _add_item(self, stem: str, name: CacheName, latents: LatentHeader) -> None:
         text = self._text(stem, name.base)
         if text is None:
             return
         text_path, text_header = text
-        audio_path, audio = self._audio(name)
+        audio_path, audio = self.find_audio(name)
         if audio is None and self.mode == "audio":
             self.found.problems.append(CacheProblem("audio latents are missing", name.base, "latents"))
             return
@@ -175,6 +188,8 @@ class _Search:
         elif _made_from_other_states(latents.metadata, audio.metadata):
             cause = "sound and picture were cached from different states of the source file"
             self.found.problems.append(CacheProblem(cause, name.base, "latents"))
+        if self.listed is not None and self.listed.differ(name, latents, audio):
+            self.found.changed.append(name.base)
         is_video = self.entry.kind == "video"
         fps = float(latents.metadata.get("target_fps", self.entry.target_fps)) if is_video else IMAGE_FPS
         self.found.items.append(
@@ -195,9 +210,10 @@ class _Search:
 
     def _text(self, stem: str, base: str) -> tuple[Path, TextHeader] | None:
         """The text cache of a source; a problem is noted once for each file."""
-        name = next((n for n in (CacheName(stem, "text"), CacheName(base, "text")) if n in self.names), None)
+        name = self.find_text(stem, base)
         if name is None:
-            self.found.textless.append(base)
+            if self.listed is None:
+                self.found.textless.append(base)
             return None
         path = self.names[name]
         if path not in self._texts:
@@ -209,7 +225,12 @@ class _Search:
         header = self._texts[path]
         return (path, header) if header is not None else None
 
-    def _audio(self, name: CacheName) -> tuple[Path, AudioHeader] | tuple[None, None]:
+    def find_text(self, stem: str, base: str) -> CacheName | None:
+        """The name of the text cache of a clip; ``None`` if there is none."""
+        return next((n for n in (CacheName(stem, "text"), CacheName(base, "text")) if n in self.names), None)
+
+    def find_audio(self, name: CacheName) -> tuple[Path, AudioHeader] | tuple[None, None]:
+        """The sound of a clip; damaged files are noted."""
         if self.mode == "video":
             return None, None
         options = (name.sibling("audio"), CacheName(name.base, "audio"))
@@ -224,6 +245,21 @@ class _Search:
         except UserError as error:
             self.found.problems.append(CacheProblem(f"unreadable cache: {error}", name.base, repair))
             return None
+
+    def _note_missing(self) -> None:
+        """What a manifest lists and the mode needs is there, or it is a problem."""
+        if self.listed is None:
+            return
+        wanted = {"latents": self.listed.latents, "text": self.listed.texts}
+        if self.mode != "video":
+            wanted["audio"] = self.listed.sounds
+        for kind, names in wanted.items():
+            cause = (
+                f"{kind} caches that the manifest lists are not in {self.entry.cache_directory}; copy them there, or "
+                "cache again"
+            )
+            repair: Repair = "text" if kind == "text" else "latents"
+            self.found.problems += [CacheProblem(cause, str(n), repair) for n in names if n not in self.names]
 
 
 def _made_from_other_states(latents: Mapping[str, str], audio: Mapping[str, str]) -> bool:
@@ -270,7 +306,7 @@ def latents_mismatch(entry: DatasetEntry, mode: Mode, name: CacheName, header: L
 
 
 def _clip_mismatch(entry: DatasetEntry, name: CacheName, header: LatentHeader) -> str | None:
-    count = (header.grid[0] - 1) * TEMPORAL_STRIDE + 1
+    count = pixel_frames(header.grid)
     if entry.frame_extraction == "full":
         if count > entry.max_frames:
             return f"latents have {count} frames, max_frames is {entry.max_frames}"
@@ -293,7 +329,7 @@ def _clip_mismatch(entry: DatasetEntry, name: CacheName, header: LatentHeader) -
 
 
 def _bucket_mismatch(entry: DatasetEntry, header: LatentHeader) -> str | None:
-    size = (header.grid[2] * SPATIAL_STRIDE, header.grid[1] * SPATIAL_STRIDE)
+    size = pixel_size(header.grid)
     area = entry.resolution[0] * entry.resolution[1]
     # Other programs choose buckets, or the item's own size, without being asked to.
     foreign = "cache_key" not in header.metadata
@@ -301,7 +337,7 @@ def _bucket_mismatch(entry: DatasetEntry, header: LatentHeader) -> str | None:
         return None
     if (entry.bucket_no_upscale or foreign) and size[0] * size[1] <= area:
         return None
-    if entry.enable_bucket and size in bucket_sizes(entry.resolution):
+    if entry.enable_bucket and size in bucket_sizes(entry.resolution, entry.bucket_step):
         return None
     width, height = entry.resolution
     with_buckets = " with buckets" if entry.enable_bucket else ""
@@ -348,6 +384,8 @@ def _explain_empty(find: _Find) -> str:
     )
     if find.uncaptioned and find.uncaptioned == find.sources:
         return f"{counts}; no source has a caption file *{entry.caption_extension}"
+    if entry.files is not None:
+        return f"{counts}; the manifest lists no items: cache both latents and text, then save it again"
     if find.latents == 0:
         return f"{counts}; run ltx2_cache_latents.py with this configuration"
     if find.textless:
@@ -378,7 +416,10 @@ def _warnings(find: _Find, mode: Mode) -> Iterable[str]:
     if find.uncaptioned:
         yield f"{find.uncaptioned} sources without a readable caption; left out"
     if find.strangers:
-        yield f"caches of no item of this dataset are ignored: {short_list(find.strangers)}"
+        owner = "no item of this dataset" if entry.files is None else "no item of the manifest"
+        yield f"caches of {owner} are ignored: {short_list(find.strangers)}"
+    if find.changed:
+        yield f"cached again with other sizes since the manifest was saved: {short_list(find.changed)}"
     if find.leftovers:
         yield f"caches from other settings are ignored: {short_list(find.leftovers)}"
     if mode == "av" and entry.kind == "video" and find.items and len(find.soundless) == len(find.items):

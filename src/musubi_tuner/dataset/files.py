@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,18 @@ EXTENSIONS: dict[Kind, frozenset[str]] = {
     "image": frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"]),
     "audio": frozenset([".wav", ".flac", ".mp3", ".ogg", ".m4a", ".aac", ".opus", ".wma"]),
 }
+
+
+@dataclass(frozen=True)
+class ItemFiles:
+    """The cache files of one item by name, as a manifest lists them, and what was in them."""
+
+    latents: str
+    text: str
+    audio: str | None = None
+    bucket: tuple[int, int] | None = None  # (width, height) in pixels; None in mode audio
+    frames: int | None = None  # in pixel time; None in mode audio
+    audio_steps: int | None = None  # latent steps; None without sound
 
 
 def media_kind(path: Path) -> Kind | None:

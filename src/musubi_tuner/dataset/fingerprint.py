@@ -27,7 +27,7 @@ from .items import MODALITIES, CachedItem, CacheProblem, EncoderRecord, Repair, 
 
 logger = logging.getLogger(__name__)
 
-NAMES_SHOWN = 3
+NAMES_SHOWN = 5
 
 # Settings that are also metadata entries of their own.
 _PUBLIC = ("target_fps", "bucket", "start_frame")
@@ -137,19 +137,22 @@ class EncoderIds:
 class RepairCommands:
     """How a user makes the caches of a run again."""
 
-    dataset_config: Path
+    dataset_config: Path | None  # None: not known, of a manifest that does not say what it was made from
     ltx2_checkpoint: Path
     mode: str
     gemma: tuple[str, ...] = field(default_factory=tuple)  # ("--gemma_root", "/models/gemma")
+    manifest: Path | None = None  # that has to be saved anew as well
 
     def __getitem__(self, repair: Repair) -> str:
         text = repair != "latents"
         parts = [
             *("python", "ltx2_cache_text_encoder_outputs.py" if text else "ltx2_cache_latents.py"),
-            *("--dataset_config", self.dataset_config, "--ltx2_checkpoint", self.ltx2_checkpoint),
+            *("--dataset_config", self.dataset_config or "<dataset configuration>"),
+            *("--ltx2_checkpoint", self.ltx2_checkpoint),
             *("--ltx2_mode", self.mode),
             *((self.gemma or ("--gemma_root", "<folder>")) if text else ()),
             *(() if repair == "text anew" else ("--skip_existing",)),
+            *(("--save_dataset_manifest", self.manifest) if self.manifest else ()),
         ]
         return " ".join(f'"{part}"' if " " in str(part) else str(part) for part in parts)
 

@@ -10,6 +10,7 @@ from typing import Literal
 from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.config.model import Mode
 
+from .batch import SampleKey
 from .cache import Grid
 from .files import Kind
 
@@ -63,6 +64,10 @@ class CachedItem:
     legacy_text_width: int | None = None
     made_by: MadeBy = MadeBy()
 
+    @property
+    def has_sound(self) -> bool:
+        return self.audio_steps > 0
+
 
 @dataclass(frozen=True)
 class CachedDataset:
@@ -99,6 +104,15 @@ class TrainingSet:
 
     def __len__(self) -> int:
         return sum(len(dataset.items) for dataset in self.datasets)
+
+    def sample_keys(self) -> list[SampleKey]:
+        """Names of all samples of an epoch, repeats included, in the order of the files."""
+        return [
+            SampleKey(item.base, dataset.index, repeat)
+            for dataset in self.datasets
+            for item in dataset.items
+            for repeat in range(dataset.num_repeats)
+        ]
 
     def items(self) -> Iterator[CachedItem]:
         for dataset in self.datasets:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from musubi_tuner.common.errors import did_you_mean
 
+from .buckets import is_legal_frame_count
 from .files import Kind
 from .frames import Extraction
 
@@ -91,6 +92,12 @@ def frame_counts(value: object) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def legal_frames(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not is_legal_frame_count(value):
+        raise ValueError("a number of frames of the form 8k + 1 (1, 9, 17, ...)")
+    return value
+
+
 def one_of(*choices: str) -> Parser:
     def parse(value: object) -> str:
         if value not in choices:
@@ -105,6 +112,8 @@ def one_of(*choices: str) -> Parser:
 
 _VIDEO: tuple[Kind, ...] = ("video",)
 _AUDIO: tuple[Kind, ...] = ("audio",)
+_PICTURES: tuple[Kind, ...] = ("video", "image")
+_SOUNDS: tuple[Kind, ...] = ("video", "audio")
 
 SOURCES: Mapping[str, Kind] = {f"{kind}_{form}": kind for form in ("directory", "jsonl_file") for kind in KINDS}
 
@@ -122,6 +131,15 @@ KEYS: Mapping[str, Key] = {
     "video_loss_weight": Key(weight),
     "audio_loss_weight": Key(weight),
     "cache_only": Key(boolean, False),
+    "reference_directory": Key(text, kinds=_PICTURES),
+    "control_directory": Key(text, kinds=_PICTURES),
+    "reference_cache_directory": Key(text),
+    "reference_frames": Key(legal_frames, 1, _PICTURES),
+    "reference_downscale": Key(count, 1, _PICTURES),
+    "reference_audio_directory": Key(text, kinds=_SOUNDS),
+    "reference_audio_cache_directory": Key(text),
+    "mask_directory": Key(text, kinds=_PICTURES),
+    "audio_mask_directory": Key(text, kinds=_SOUNDS),
     "target_frames": Key(frame_counts, (1,), _VIDEO),
     "frame_extraction": Key(one_of(*get_args(Extraction)), "head", _VIDEO),
     "frame_stride": Key(count, 1, _VIDEO),
@@ -141,38 +159,30 @@ COMMAND_LINE_DEFAULTS = frozenset(
         "audio_bucket_interval",
         "video_loss_weight",
         "audio_loss_weight",
+        "reference_frames",
+        "reference_downscale",
     }
 )
 
-NOT_YET_SUPPORTED: Mapping[str, str] = {
+_NO_SIZE_OF_ITS_OWN = "has no effect: a reference has its target's size, divided by reference_downscale"
+
+IGNORED: Mapping[str, str] = {
     **dict.fromkeys(
-        (
-            "reference_directory",
-            "reference_cache_directory",
-            "reference_audio_directory",
-            "reference_audio_cache_directory",
-        ),
-        "references",
+        ("fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"),
+        "belongs to another model (FramePack) and has no effect",
     ),
     **dict.fromkeys(
         (
-            "control_directory",
-            "multiple_target",
             "no_resize_control",
             "control_resolution",
             "flux_kontext_no_resize_control",
             "qwen_image_edit_no_resize_control",
             "qwen_image_edit_control_resolution",
         ),
-        "control images",
+        _NO_SIZE_OF_ITS_OWN,
     ),
-    **dict.fromkeys(("mask_directory", "audio_mask_directory"), "conditioning masks"),
+    "multiple_target": "has no effect: LTX-2 is trained on one target per item",
 }
-
-IGNORED: Mapping[str, str] = dict.fromkeys(
-    ("fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"),
-    "belongs to another model (FramePack) and has no effect",
-)
 
 COMMAND_LINE_ONLY = frozenset(
     """
@@ -180,8 +190,8 @@ COMMAND_LINE_ONLY = frozenset(
     audio_video_latent_channels dataset_config debug_dataset debug_mode device gemma_root keep_cache
     gradient_accumulation_steps learning_rate ltx2_audio_dir ltx2_audio_dtype ltx2_audio_ext ltx2_mode
     ltx2_audio_source ltx2_checkpoint ltx_version max_train_epochs max_train_steps mixed_precision seed
-    network_alpha network_dim num_timestep_buckets num_workers output_dir output_name reference_downscale
-    reference_frames skip_existing strict_captions vae vae_dtype
+    network_alpha network_dim num_timestep_buckets num_workers output_dir output_name skip_existing
+    strict_captions vae vae_dtype
     """.split()  # noqa: SIM905
 )
 
@@ -191,8 +201,6 @@ def unknown_key(name: str, kind: Kind | None) -> str:
     if name in KEYS:
         kinds = " and ".join(KEYS[name].kinds)
         return f"belongs to {kinds} datasets, this is {'an' if kind != 'video' else 'a'} {kind} dataset"
-    if name in NOT_YET_SUPPORTED:
-        return f"{NOT_YET_SUPPORTED[name]} are not supported yet; remove the key"
     if name in COMMAND_LINE_ONLY:
         return f"is a command-line option; give it as --{name}"
     known = [key for key, rule in KEYS.items() if kind is None or kind in rule.kinds]

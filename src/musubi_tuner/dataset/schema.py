@@ -20,7 +20,14 @@ from musubi_tuner.common.text_files import read_text
 from musubi_tuner.config.model import Mode
 
 from .buckets import SPATIAL_STRIDE, Size, choose_bucket, floor_frames, floor_to
-from .files import Kind, duplicate_stems, media_kind, scan_directory
+from .companion_rules import (
+    CACHE_DIRECTORIES,
+    SOURCE_DIRECTORIES,
+    cache_directory_problems,
+    companion_problems,
+    directory_problems,
+)
+from .files import ItemFiles, Kind, duplicate_stems, media_kind, scan_directory
 from .frames import Extraction, ExtractionRule
 from .jsonl import read_media_list
 from .keys import COMMAND_LINE_DEFAULTS, IGNORED, KEYS, SOURCES, show, unknown_key
@@ -32,8 +39,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
-_SMALLEST_SIDE = SPATIAL_STRIDE
-_SMALLEST_BUCKETED = 2 * SPATIAL_STRIDE  # side of the equal-area square; below it buckets of width 0 appear
+MANIFEST_FORMAT = "musubi_tuner_dataset_manifest"
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,16 @@ class DatasetEntry:
     audio_loss_weight: float | None = None
     cache_only: bool = False
     listed: bool = False  # source is a JSONL file
+    # references and masks, found by the stem of the target
+    reference_directory: Path | None = None
+    control_directory: Path | None = None  # references that are named as control images are
+    reference_cache_directory: Path | None = None
+    reference_frames: int = 1
+    reference_downscale: int = 1  # the target's size is so many times the reference's
+    reference_audio_directory: Path | None = None
+    reference_audio_cache_directory: Path | None = None
+    mask_directory: Path | None = None
+    audio_mask_directory: Path | None = None
     # video
     target_frames: tuple[int, ...] = (1,)
     frame_extraction: Extraction = "head"
@@ -67,10 +83,23 @@ class DatasetEntry:
     # audio
     audio_bucket_strategy: Literal["pad", "truncate"] = "pad"
     audio_bucket_interval: float = 2.0  # seconds
+    # of a manifest: the caches that are used; None: all in cache_directory that belong to the dataset
+    files: tuple[ItemFiles, ...] | None = field(default=None, repr=False)
 
     def bucket(self, size: Size) -> Size | None:
         """The bucket of an item of ``size`` (width, height); None: too small for one without enlarging."""
-        return choose_bucket(size, self.resolution, enable_bucket=self.enable_bucket, no_upscale=self.bucket_no_upscale)
+        return choose_bucket(
+            size,
+            self.resolution,
+            enable_bucket=self.enable_bucket,
+            no_upscale=self.bucket_no_upscale,
+            step=self.bucket_step,
+        )
+
+    @property
+    def bucket_step(self) -> int:
+        """Pixels that the sides of a bucket are multiples of, so that those of a reference are multiples of 32."""
+        return SPATIAL_STRIDE * self.reference_downscale
 
     @property
     def source_key(self) -> str:
@@ -86,11 +115,12 @@ class DatasetEntry:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """A whole configuration file."""
+    """A whole configuration file or manifest."""
 
     datasets: tuple[DatasetEntry, ...]
     validation: tuple[DatasetEntry, ...]
     path: Path
+    made_from: Path | None = None  # of a manifest: the configuration that was cached, if it says so
 
     def entries(self) -> Iterator[DatasetEntry]:
         """Training entries, then validation entries."""
@@ -99,7 +129,9 @@ class DatasetConfig:
 
 
 @dataclass
-class _Report:
+class Report:
+    """What is to be said of a file once it is read."""
+
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -129,32 +161,35 @@ def load_dataset_config(
     """
     file = Path(path)
     raw = _parse_file(file)
-    report = _Report()
-    fallback = {
-        name: value
-        for name, value in (command_line or {}).items()
-        if name in COMMAND_LINE_DEFAULTS and value is not None
-    }
+    if raw.get("format") == MANIFEST_FORMAT:
+        raise UserError(f"{file}: is a dataset manifest, expected a configuration; training takes --dataset_manifest")
+    report = Report()
+    fallback = command_line_values(command_line)
     general = _general(raw, report)
     sections = {
         section: tuple(
             entry
             for index, table in enumerate(_tables(raw, section, report))
-            if (entry := _entry(f"{section}[{index}]", table, fallback, general, file, report))
+            if (entry := parse_entry(f"{section}[{index}]", _kind(table), table, fallback, general, file, report))
         )
         for section in ("datasets", "validation_datasets")
     }
     config = DatasetConfig(sections["datasets"], sections["validation_datasets"], file)
-    _check_cache_directories(config, report)
+    report.problems += cache_directory_problems(config)
     if need_sources:
         for entry in config.entries():
             problems = _list_problems(entry, report) if entry.listed else _source_problems(entry)
-            report.problems += [f"{entry.label}.{problem}" for problem in problems]
+            report.problems += [f"{entry.label}.{problem}" for problem in (*problems, *directory_problems(entry))]
     if report.problems:
         raise ConfigErrors(report.problems, f"{file}: invalid dataset configuration")
     for warning in report.warnings:
         logger.warning("%s: %s", file.name, warning)
     return config
+
+
+def command_line_values(options: Mapping[str, object] | None) -> dict[str, object]:
+    """Those of the command line's options that apply where a dataset does not have the key."""
+    return {k: v for k, v in (options or {}).items() if k in COMMAND_LINE_DEFAULTS and v is not None}
 
 
 def check_mode(config: DatasetConfig, mode: Mode) -> Mode:
@@ -200,7 +235,7 @@ def _parse_file(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _general(raw: Mapping[str, Any], report: _Report) -> dict[str, Any]:
+def _general(raw: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Parsed values of ``[general]``."""
     sections = ("general", "datasets", "validation_datasets")
     for name in raw:
@@ -223,7 +258,7 @@ def _general(raw: Mapping[str, Any], report: _Report) -> dict[str, Any]:
     return values
 
 
-def _tables(raw: Mapping[str, Any], section: str, report: _Report) -> list[dict[str, Any]]:
+def _tables(raw: Mapping[str, Any], section: str, report: Report) -> list[dict[str, Any]]:
     tables = raw.get(section, [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         report.problems.append(f"{section}: expected one [[{section}]] table (double brackets) for each dataset")
@@ -233,7 +268,7 @@ def _tables(raw: Mapping[str, Any], section: str, report: _Report) -> list[dict[
     return tables
 
 
-def _parse(label: str, name: str, value: object, report: _Report) -> Any:
+def _parse(label: str, name: str, value: object, report: Report) -> Any:
     """The parsed value; on a problem it is noted and the default returned."""
     try:
         return KEYS[name].parse(value)
@@ -242,7 +277,7 @@ def _parse(label: str, name: str, value: object, report: _Report) -> Any:
         return KEYS[name].default
 
 
-def _reject(label: str, name: str, kind: Kind | None, report: _Report) -> None:
+def _reject(label: str, name: str, kind: Kind | None, report: Report) -> None:
     if name in IGNORED:
         report.warnings.append(f"{label}.{name}: {IGNORED[name]}")
     else:
@@ -252,15 +287,16 @@ def _reject(label: str, name: str, kind: Kind | None, report: _Report) -> None:
 # --- one entry ----------------------------------------------------------------------------------------------
 
 
-def _entry(
+def parse_entry(
     label: str,
+    kind: Kind,
     table: Mapping[str, Any],
     fallback: Mapping[str, Any],
     general: Mapping[str, Any],
     file: Path,
-    report: _Report,
+    report: Report,
 ) -> DatasetEntry | None:
-    kind = _kind(table)
+    """The entry with the keys of ``table``, or ``None`` where too much is wrong; ``report`` takes what is wrong."""
     values = {name: key.default for name, key in KEYS.items() if kind in key.kinds}
     values.update({name: value for layer in (fallback, general) for name, value in layer.items() if name in values})
     for name, value in table.items():
@@ -281,12 +317,19 @@ def _entry(
     if not has_cache and (listed or values["cache_only"]):
         report.problems.append(f"{label}.cache_directory: needed with {source_key or 'cache_only'}")
     _check_resolution(label, kind, values, report)
+    report.problems += [f"{label}.{problem}" for problem in companion_problems(values, listed=listed)]
     if kind == "video":
         _settle_extraction(label, values, report)
     values["bucket_no_upscale"] = values["bucket_no_upscale"] and values["enable_bucket"]
     if not has_cache:
         return None
     source = _resolve(source_value, file.parent) if source_value else None
+    for name in SOURCE_DIRECTORIES:
+        if values.get(name) is not None:
+            values[name] = _resolve(values[name], file.parent)
+    for name in CACHE_DIRECTORIES:
+        if values[name] is not None:
+            values[name] = _resolve_cache(values[name], file.parent, source_value, source)
     return DatasetEntry(
         label=label,
         kind=kind,
@@ -321,28 +364,30 @@ def _resolve_cache(value: str | None, folder: Path, source_value: str | None, so
     return (folder / Path(value).expanduser()).resolve()
 
 
-def _check_resolution(label: str, kind: Kind, values: Mapping[str, Any], report: _Report) -> None:
+def _check_resolution(label: str, kind: Kind, values: Mapping[str, Any], report: Report) -> None:
     if kind == "audio":  # only names its cache files
         return
     width, height = values["resolution"]
     found = f"got {show([width, height])}"
-    if min(width, height) < _SMALLEST_SIDE:
-        report.problems.append(f"{label}.resolution: expected at least {_SMALLEST_SIDE} per side, {found}")
+    step = SPATIAL_STRIDE * values["reference_downscale"]
+    because = f" (32 x reference_downscale {values['reference_downscale']})" if step > SPATIAL_STRIDE else ""
+    if min(width, height) < step:
+        report.problems.append(f"{label}.resolution: expected at least {step} per side{because}, {found}")
     elif values["enable_bucket"]:
-        if math.isqrt(width * height) < _SMALLEST_BUCKETED:
-            limit = f"{_SMALLEST_BUCKETED}x{_SMALLEST_BUCKETED}"
+        if math.isqrt(width * height) < 2 * step:  # below it buckets of width 0 appear
             report.problems.append(
-                f"{label}.resolution: expected an area of at least {limit} with enable_bucket, {found}"
+                f"{label}.resolution: expected an area of at least {2 * step}x{2 * step} with enable_bucket"
+                f"{because}, {found}"
             )
-    elif width % SPATIAL_STRIDE or height % SPATIAL_STRIDE:
-        near = [max(floor_to(side + SPATIAL_STRIDE // 2, SPATIAL_STRIDE), SPATIAL_STRIDE) for side in (width, height)]
+    elif width % step or height % step:
+        near = [max(floor_to(side + step // 2, step), step) for side in (width, height)]
         report.problems.append(
-            f"{label}.resolution: expected multiples of {SPATIAL_STRIDE} without enable_bucket, {found}; "
+            f"{label}.resolution: expected multiples of {step}{because} without enable_bucket, {found}; "
             f"nearest: {show(near)}"
         )
 
 
-def _settle_extraction(label: str, values: dict[str, Any], report: _Report) -> None:
+def _settle_extraction(label: str, values: dict[str, Any], report: Report) -> None:
     """Clip lengths that the VAE can encode, and modes that make sense with them."""
     wanted = values["target_frames"]
     usable = tuple(sorted({floor_frames(frames) for frames in wanted}))
@@ -365,21 +410,7 @@ def _settle_extraction(label: str, values: dict[str, Any], report: _Report) -> N
 # --- across entries -----------------------------------------------------------------------------------------
 
 
-def _check_cache_directories(config: DatasetConfig, report: _Report) -> None:
-    first: dict[str, str] = {}
-    for entry in config.entries():
-        key = os.path.normcase(entry.cache_directory)
-        other = first.setdefault(key, entry.label)
-        if entry.cache_directory.is_file():
-            report.problems.append(f"{entry.label}.cache_directory: {entry.cache_directory} is a file")
-        if other != entry.label:
-            report.problems.append(
-                f"{entry.label}.cache_directory: is also that of {other} ({entry.cache_directory}); "
-                "give each dataset its own"
-            )
-
-
-def _list_problems(entry: DatasetEntry, report: _Report) -> Iterator[str]:
+def _list_problems(entry: DatasetEntry, report: Report) -> Iterator[str]:
     if entry.source is None:
         return
     name = entry.source_key

@@ -14,14 +14,20 @@ from musubi_tuner.common.registry import Registry
 
 from .tokens import NoisedTokens
 
+# Terms of the audio stream: of the sounds, and of silence in place of missing ones.
+AUDIO_TERM = "audio"
+SILENCE_TERM = "audio_silence"
+AUDIO_TERMS = (AUDIO_TERM, SILENCE_TERM)
+
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One part of the loss; it counts ``weight * mean over the valid samples``."""
+    """One part of the loss; it counts ``weight * share * mean over the valid samples``."""
 
     value: Tensor  # [B] or scalar
     weight: float = 1.0
     valid: Tensor | None = None  # [B] bool, samples with something to learn from; None = all
+    share: float = 1.0  # of the batch, where two terms divide its samples between them
 
     def mean(self) -> Tensor:
         """Unweighted mean over the valid samples; exactly 0, but in the graph, when there is none."""
@@ -98,4 +104,4 @@ def total(terms: Mapping[str, LossTerm]) -> Tensor:
     """
     if not terms:
         raise ValueError("no loss term: the batch has nothing to train on")
-    return torch.stack([term.weight * term.mean() for term in terms.values()]).sum()
+    return torch.stack([term.weight * term.share * term.mean() for term in terms.values()]).sum()

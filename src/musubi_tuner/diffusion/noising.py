@@ -32,6 +32,7 @@ def noise_batch(
     sampler: NoiseLevelSampler,
     generators: Sequence[Generator],
     independent_audio: bool = False,
+    shares: AV[Tensor] | None = None,
     sigma: AV[Tensor] | None = None,
     device: torch.device | str = "cpu",
 ) -> AV[NoisedTokens]:
@@ -44,6 +45,7 @@ def noise_batch(
     Args:
         sampler: distribution of the levels.
         generators: one for each sample, see :func:`sample_generators`; they are advanced.
+        shares: [B], which quantiles of the distribution the levels are, see :mod:`.level_pool`.
         sigma: levels [B] to use instead of drawn ones (validation). Noise is the same either way.
         device: where the tokens go.
 
@@ -57,7 +59,7 @@ def noise_batch(
     """
     audio = batch.audio if batch.audio is not None and bool((batch.audio.lengths > 0).any()) else None
     # Both levels are always drawn, in this order, so that no flag changes the noise that follows.
-    drawn = _draw_levels(batch, audio, sampler=sampler, generators=generators)
+    drawn = _draw_levels(batch, audio, sampler=sampler, generators=generators, shares=shares or AV())
     levels = AV(video=drawn.video, audio=drawn.audio if batch.video is None or independent_audio else drawn.video)
     if sigma is not None:
         levels = levels.map_named(lambda name, level: level if sigma[name] is None else sigma[name])
@@ -68,33 +70,37 @@ def noise_batch(
 
 
 def _draw_levels(
-    batch: Batch, audio: AudioLatents | None, *, sampler: NoiseLevelSampler, generators: Sequence[Generator]
+    batch: Batch,
+    audio: AudioLatents | None,
+    *,
+    sampler: NoiseLevelSampler,
+    generators: Sequence[Generator],
+    shares: AV[Tensor],
 ) -> AV[Tensor]:
     for_audio = replace(sampler, clamp_shift=True)
     if batch.video is None:
         if audio is None:
             raise ValueError(f"batch {batch.keys} has neither video nor audio")
-        return AV(audio=for_audio.draw(_virtual_tokens(audio, batch.keys), generators))
-    num_tokens = batch.video.latents[0, 0].numel()
-    video = sampler.draw(num_tokens, generators)
+        return AV(audio=for_audio.draw(_virtual_grids(audio, batch.keys), generators, shares=shares.audio))
+    grid = torch.tensor([batch.video.latents.shape[2:]])  # [1, 3]
+    video = sampler.draw(grid, generators, shares=shares.video)
     lengths = [1] * batch.size if batch.audio is None else batch.audio.lengths.tolist()
-    return AV(video=video, audio=for_audio.draw(lengths, generators))
+    return AV(video=video, audio=for_audio.draw(lengths, generators, shares=shares.audio))
 
 
-def _virtual_tokens(audio: AudioLatents, keys: Sequence[SampleKey]) -> list[int]:
+def _virtual_grids(audio: AudioLatents, keys: Sequence[SampleKey]) -> Tensor:
     if audio.virtual_grid is None:
         raise UserError(
             f"{keys[0].name}: the latent cache has no virtual video geometry, which the timestep shift of mode audio "
             "needs; re-run ltx2_cache_latents.py with --ltx2_mode audio"
         )
-    counts = audio.virtual_grid.prod(dim=1).tolist()
-    for key, count, grid in zip(keys, counts, audio.virtual_grid.tolist(), strict=True):
-        if count <= 1:
+    for key, grid in zip(keys, audio.virtual_grid, strict=True):
+        if (count := int(grid.prod())) <= 1:
             raise UserError(
-                f"{key.name}: the virtual video geometry {grid} in the latent cache has {count} token(s), expected "
-                "more; re-run ltx2_cache_latents.py with --ltx2_mode audio, or leave out a clip this short"
+                f"{key.name}: the virtual video geometry {grid.tolist()} in the latent cache has {count} token(s), "
+                "expected more; re-run ltx2_cache_latents.py with --ltx2_mode audio, or leave out a clip this short"
             )
-    return counts
+    return audio.virtual_grid
 
 
 def _noised_video(

@@ -5,6 +5,8 @@ Levels are ``sigma`` in [0, 1], 0 = clean. All arithmetic is in float64 on the C
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,18 +14,25 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from musubi_tuner.common.log import warn_once
 from musubi_tuner.common.registry import Registry
+from musubi_tuner.common.seeding import generator
 
-# The shift is a line through these points (tokens, shift).
-_SHIFT_LOW = (1024, 0.95)
-_SHIFT_HIGH = (4096, 2.05)
+from .level_distributions import Distribution, LogitNormal, Mixture, Stretched, Uniform
 
-# The stretched variant maps these normal quantiles to 0 and 1: 0.5 % and 99.9 %.
-_Z_LOW = -2.5758
-_Z_HIGH = 3.0902
+logger = logging.getLogger(__name__)
 
-_TAIL = 1e-9  # keeps the inverse normal distribution finite
-_BISECTIONS = 50
+# Shifts are lines through two points (tokens, shift).
+_Line = tuple[tuple[int, float], tuple[int, float]]
+_TOKEN_LINE: _Line = ((1024, 0.95), (4096, 2.05))  # over all tokens
+_FLUX_LINE: _Line = ((256, 0.5), (4096, 1.15))  # these two over the tokens of one frame
+_QWEN_LINE: _Line = ((256, 0.5), (8192, 0.9))
+
+_REDRAWS = 1000
+_SHARE_TAIL = 1e-7  # a given share is kept this far from 0 and 1
+
+# One number of tokens for all samples, one for each, or latent grids (F, H, W) as an int tensor [B, 3] or [1, 3].
+Size = int | Sequence[int] | Tensor
 
 
 @dataclass(frozen=True)
@@ -33,16 +42,20 @@ class NoiseLevelSampler:
     ``shifted_logit_normal`` (``sigma`` is an alias): with the shift ``mu`` of the sequence length and a standard
     normal ``z``, *legacy* (LTX-2.0) is ``sigmoid(mu + std * z)``. *stretched* (LTX-2.3) maps the span between two
     quantiles of that to [0, 1], reflects what lies below ``eps``, and is replaced by a uniform level with
-    probability ``uniform_prob``. ``uniform`` ignores the sequence length.
+    probability ``uniform_prob``. :data:`SAMPLINGS` holds these and the others.
 
     Attributes:
-        mean: added to ``mu``.
+        mean: added to ``mu``; ``logsnr``: mean of the log signal-to-noise ratio.
+        std: of the normal distribution; not of the samplings that have ``sigmoid_scale``.
         shift: replaces ``mu``.
-        clamp_shift: keep ``mu`` within [0.95, 2.05]; for sequences of audio.
+        clamp_shift: keep shifts that follow from a size within the range they were fitted to; for sound.
+        flow_shift: of ``shift``.
+        sigmoid_scale: standard deviation of the logits of ``sigmoid`` and the flow shifts.
         min_sigma, max_sigma: the levels are squeezed into this range.
+        preserve_shape: draw again until a level lies in the range instead.
     """
 
-    sampling: Literal["shifted_logit_normal", "sigma", "uniform"] = "shifted_logit_normal"
+    sampling: str = "shifted_logit_normal"
     shifted_logit_mode: Literal["legacy", "stretched"] = "legacy"
     mean: float = 0.0
     std: float = 1.0
@@ -50,46 +63,66 @@ class NoiseLevelSampler:
     uniform_prob: float = 0.1
     shift: float | None = None
     clamp_shift: bool = False
+    flow_shift: float = 1.0
+    sigmoid_scale: float = 1.0
     min_sigma: float = 0.0
     max_sigma: float = 1.0
+    preserve_shape: bool = False
 
-    def draw(self, num_tokens: int | Sequence[int], generators: Sequence[Generator]) -> Tensor:
-        """Levels [B], fp32, on the CPU; sample i draws from ``generators[i]`` only.
+    def draw(self, size: Size, generators: Sequence[Generator], *, shares: Tensor | None = None) -> Tensor:
+        """Levels [B], fp32, on the CPU; sample i draws from ``generators[i]`` only, three numbers.
 
-        ``num_tokens`` is the sequence length without reference tokens, one for all or one for each sample.
+        Args:
+            size: of what is denoised, without reference tokens.
+            shares: [B] in [0, 1), places the levels instead of random numbers, see :mod:`.level_pool`; which part
+                of a mixture a level comes from stays random.
         """
         uniforms = torch.stack([torch.rand(3, generator=g, dtype=torch.float64) for g in generators])  # [B, 3]
-        distribution = self._distribution()
-        return self._in_range(distribution.level(self, self._mu(num_tokens), uniforms))
+        if shares is not None:
+            shares = shares.to(torch.float64).clamp(_SHARE_TAIL, 1 - _SHARE_TAIL)
+            uniforms = torch.stack([shares, uniforms[:, 1], shares], dim=1)
+        grids = _grids(size)
+        sigma = self._distribution(grids).level(uniforms)
+        if not self.preserve_shape:
+            return self._squeezed(sigma).to(torch.float32)
+        pairs = zip(sigma, uniforms, grids.expand(len(uniforms), -1), strict=True)
+        return torch.stack([self._drawn_again(*pair) for pair in pairs]).to(torch.float32)
 
-    def quantile(self, u: float | Sequence[float] | Tensor, num_tokens: int | Sequence[int]) -> Tensor:
+    def quantile(self, u: float | Sequence[float] | Tensor, size: Size) -> Tensor:
         """Levels [B], fp32, below which a share ``u`` in (0, 1) of the draws lies."""
         u = torch.as_tensor(u, dtype=torch.float64).reshape(-1)
-        distribution = self._distribution()
-        return self._in_range(distribution.quantile(self, self._mu(num_tokens), u))
+        distribution = self._distribution(_grids(size))
+        if not self.preserve_shape:
+            return self._squeezed(distribution.quantile(u)).to(torch.float32)
+        low, high = (distribution.cdf(torch.tensor([x], dtype=torch.float64)) for x in (self.min_sigma, self.max_sigma))
+        return distribution.quantile(low + u * (high - low)).clamp(self.min_sigma, self.max_sigma).to(torch.float32)
 
-    def _distribution(self) -> Distribution:
-        is_shifted = self.sampling in ("shifted_logit_normal", "sigma")
-        return DISTRIBUTIONS[self.shifted_logit_mode if is_shifted else self.sampling]
+    def _distribution(self, grids: Tensor) -> Distribution:
+        return SAMPLINGS[self.sampling](self, grids)
 
-    def _mu(self, num_tokens: int | Sequence[int]) -> Tensor:
-        """Centre of the logit-normal distribution, [B] or [1]."""
-        if self.shift is not None:
-            mu = torch.tensor([self.shift], dtype=torch.float64)
-        else:
-            mu = token_shift(torch.as_tensor(num_tokens).reshape(-1), clamp=self.clamp_shift)
-        return mu + self.mean
+    def _squeezed(self, sigma: Tensor) -> Tensor:
+        return self.min_sigma + sigma * (self.max_sigma - self.min_sigma)
 
-    def _in_range(self, sigma: Tensor) -> Tensor:
-        return (self.min_sigma + sigma * (self.max_sigma - self.min_sigma)).to(torch.float32)
-
-
-def token_shift(num_tokens: Tensor, *, clamp: bool = False) -> Tensor:
-    """Shift of the logit-normal distribution, float64: 0.95 at 1024 tokens, 2.05 at 4096, linear beyond."""
-    (low_tokens, low), (high_tokens, high) = _SHIFT_LOW, _SHIFT_HIGH
-    share = (num_tokens.to(torch.float64) - low_tokens) / (high_tokens - low_tokens)
-    mu = low + share * (high - low)
-    return mu.clamp(low, high) if clamp else mu
+    def _drawn_again(self, sigma: Tensor, uniforms: Tensor, grid: Tensor) -> Tensor:
+        """``sigma`` if it is in the range, else the first of further draws that is; scalars."""
+        if self.min_sigma <= float(sigma) <= self.max_sigma:
+            return sigma
+        # A generator of its own, so that the noise that is drawn next does not depend on the number of draws.
+        random = generator("noise level again", *uniforms.tolist())
+        further = torch.rand(_REDRAWS, 3, generator=random, dtype=torch.float64)
+        levels = self._distribution(grid[None]).level(further)
+        inside = levels[(levels >= self.min_sigma) & (levels <= self.max_sigma)]
+        if len(inside):
+            return inside[0]
+        warn_once(
+            logger,
+            "never in range",
+            "--preserve_distribution_shape: %d draws gave no noise level between %g and %g; squeezing instead",
+            _REDRAWS,
+            self.min_sigma,
+            self.max_sigma,
+        )
+        return self._squeezed(sigma)
 
 
 def default_shifted_logit_mode(version: str) -> Literal["legacy", "stretched"]:
@@ -97,61 +130,103 @@ def default_shifted_logit_mode(version: str) -> Literal["legacy", "stretched"]:
     return "legacy" if version == "2.0" else "stretched"
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """One way to draw levels in [0, 1].
-
-    ``level`` gets mu [B] and three uniforms a sample [B, 3]; ``quantile`` gets mu [B] and shares [B].
-    """
-
-    level: Callable[[NoiseLevelSampler, Tensor, Tensor], Tensor]
-    quantile: Callable[[NoiseLevelSampler, Tensor, Tensor], Tensor]
+def token_shift(num_tokens: Tensor, *, clamp: bool = False) -> Tensor:
+    """Shift of the logit-normal distribution, float64: 0.95 at 1024 tokens, 2.05 at 4096, linear beyond."""
+    return _on_line(_TOKEN_LINE, num_tokens, clamp=clamp)
 
 
-DISTRIBUTIONS: Registry[Distribution] = Registry("timestep sampling")
+def _on_line(line: _Line, count: Tensor, *, clamp: bool) -> Tensor:
+    (low_count, low), (high_count, high) = line
+    share = (count.to(torch.float64) - low_count) / (high_count - low_count)
+    value = low + share * (high - low)
+    return value.clamp(low, high) if clamp else value
 
 
-def _legacy(sampler: NoiseLevelSampler, mu: Tensor, u: Tensor) -> Tensor:
-    return torch.sigmoid(mu + sampler.std * torch.special.ndtri(u.clamp(_TAIL, 1 - _TAIL)))
+def _grids(size: Size) -> Tensor:
+    """[B, 3] or [1, 3]; a number of tokens becomes a grid without an area."""
+    size = torch.as_tensor(size)
+    if size.ndim == 2:
+        return size
+    counts = size.reshape(-1, 1)
+    return torch.cat([counts, torch.ones_like(counts), torch.ones_like(counts)], dim=1)
 
 
-def _stretched(sampler: NoiseLevelSampler, mu: Tensor, u: Tensor) -> Tensor:
-    base, choice, uniform = u.unbind(-1)
-    low, span = _stretch(sampler, mu)
-    q = (_legacy(sampler, mu, base) - low) / span
-    q = torch.where(q < sampler.eps, 2 * sampler.eps - q, q).clamp(0, 1)
-    return torch.where(choice < sampler.uniform_prob, sampler.eps + (1 - sampler.eps) * uniform, q)
+# --- the choices of --timestep_sampling ------------------------------------------------------------------------
+
+SAMPLINGS: Registry[Callable[[NoiseLevelSampler, Tensor], Distribution]] = Registry("timestep sampling")
 
 
-def _stretch(sampler: NoiseLevelSampler, mu: Tensor) -> tuple[Tensor, Tensor]:
-    low = torch.sigmoid(mu + _Z_LOW * sampler.std)
-    high = torch.sigmoid(mu + _Z_HIGH * sampler.std)
-    return low, (high - low).clamp(min=1e-6)
+@SAMPLINGS.register("shifted_logit_normal", "sigma")
+def _shifted_logit_normal(sampler: NoiseLevelSampler, grids: Tensor) -> Distribution:
+    if sampler.shift is not None:
+        mu = torch.tensor([sampler.shift], dtype=torch.float64)
+    else:
+        mu = token_shift(grids.prod(dim=1), clamp=sampler.clamp_shift)
+    base = LogitNormal(mu + sampler.mean, sampler.std)
+    if sampler.shifted_logit_mode == "legacy":
+        return base
+    return Stretched(base, sampler.eps, sampler.uniform_prob)
 
 
-def _stretched_cdf(sampler: NoiseLevelSampler, mu: Tensor, sigma: Tensor) -> Tensor:
-    """Share of draws <= sigma, for sigma in [eps, 1); the reflection folds the lower tail onto the rest."""
-    low, span = _stretch(sampler, mu)
-
-    def below(q: Tensor) -> Tensor:
-        y = (low + q * span).clamp(0, 1)
-        return torch.special.ndtr((torch.logit(y) - mu) / sampler.std)
-
-    folded = below(sigma) - below(2 * sampler.eps - sigma)
-    uniform = (sigma - sampler.eps) / (1 - sampler.eps)
-    return (1 - sampler.uniform_prob) * folded + sampler.uniform_prob * uniform
+@SAMPLINGS.register("uniform")
+def _uniform(sampler: NoiseLevelSampler, grids: Tensor) -> Distribution:
+    return Uniform()
 
 
-def _stretched_quantile(sampler: NoiseLevelSampler, mu: Tensor, u: Tensor) -> Tensor:
-    low = torch.full_like(mu + u, sampler.eps)
-    high = torch.ones_like(low)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        is_below = _stretched_cdf(sampler, mu, middle) < u
-        low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
-    return (low + high) / 2
+@SAMPLINGS.register("sigmoid")
+def _sigmoid(sampler: NoiseLevelSampler, grids: Tensor) -> LogitNormal:
+    return LogitNormal(_constant(0.0), sampler.sigmoid_scale)
 
 
-DISTRIBUTIONS.register("legacy")(Distribution(lambda s, mu, u: _legacy(s, mu, u[:, 0]), _legacy))
-DISTRIBUTIONS.register("stretched")(Distribution(_stretched, _stretched_quantile))
-DISTRIBUTIONS.register("uniform")(Distribution(lambda s, mu, u: u[:, 0], lambda s, mu, u: u))
+@SAMPLINGS.register("shift")
+def _shift(sampler: NoiseLevelSampler, grids: Tensor) -> LogitNormal:
+    return LogitNormal(_constant(math.log(sampler.flow_shift)), sampler.sigmoid_scale)
+
+
+@SAMPLINGS.register("flux_shift")
+def _flux_shift(sampler: NoiseLevelSampler, grids: Tensor) -> LogitNormal:
+    return _image_shift(_FLUX_LINE, sampler, _patches(grids))
+
+
+@SAMPLINGS.register("flux2_shift")
+def _flux2_shift(sampler: NoiseLevelSampler, grids: Tensor) -> LogitNormal:
+    return _image_shift(_FLUX_LINE, sampler, grids[:, 1] * grids[:, 2])
+
+
+@SAMPLINGS.register("qwen_shift")
+def _qwen_shift(sampler: NoiseLevelSampler, grids: Tensor) -> LogitNormal:
+    return _image_shift(_QWEN_LINE, sampler, _patches(grids))
+
+
+@SAMPLINGS.register("logsnr")
+def _logsnr(sampler: NoiseLevelSampler, grids: Tensor) -> LogitNormal:
+    # The log signal-to-noise ratio of sigma is -2 logit(sigma).
+    return LogitNormal(_constant(-sampler.mean / 2), sampler.std / 2)
+
+
+@SAMPLINGS.register("qinglong_flux")
+def _qinglong_flux(sampler: NoiseLevelSampler, grids: Tensor) -> Mixture:
+    return _qinglong(sampler, _flux_shift(sampler, grids))
+
+
+@SAMPLINGS.register("qinglong_qwen")
+def _qinglong_qwen(sampler: NoiseLevelSampler, grids: Tensor) -> Mixture:
+    return _qinglong(sampler, _qwen_shift(sampler, grids))
+
+
+def _qinglong(sampler: NoiseLevelSampler, shifted: LogitNormal) -> Mixture:
+    nearly_clean = LogitNormal(_constant(-5.36 / 2), 0.5)  # log signal-to-noise ratio N(5.36, 1)
+    return Mixture(((0.8, shifted), (0.075, _logsnr(sampler, _grids(1))), (0.125, nearly_clean)))
+
+
+def _image_shift(line: _Line, sampler: NoiseLevelSampler, count: Tensor) -> LogitNormal:
+    return LogitNormal(_on_line(line, count, clamp=sampler.clamp_shift), sampler.sigmoid_scale)
+
+
+def _patches(grids: Tensor) -> Tensor:
+    """Patches of 2 x 2 latent cells in one frame."""
+    return (grids[:, 1] // 2) * (grids[:, 2] // 2)
+
+
+def _constant(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float64)

@@ -15,17 +15,12 @@ from musubi_tuner.dataset.batch import TextEmbeds
 from musubi_tuner.diffusion.guidance import Guidance, Pass, guided, perturbations
 from musubi_tuner.diffusion.samplers import SAMPLERS, sigma_steps, to_clean
 from musubi_tuner.diffusion.schedules import ltx2_sigmas
-from musubi_tuner.diffusion.tokens import (
-    audio_coords,
-    patchify_audio,
-    patchify_video,
-    unpatchify_audio,
-    unpatchify_video,
-    video_coords,
-)
+from musubi_tuner.diffusion.tokens import patchify_audio, patchify_video, unpatchify_audio, unpatchify_video
 from musubi_tuner.models.ltx2.inputs import CrossTimestep, ModalityInput
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 
+from .conditioned import Conditioned, condition
+from .conditions import UNCONDITIONED, SampleLatents
 from .prompt_cache import EncodedPrompt
 from .prompts import SamplePrompt
 
@@ -47,16 +42,23 @@ def generate_latents(
     dtype: torch.dtype,
     sampler: str = "euler",
     cross_timestep: CrossTimestep = "hybrid",
+    latents: SampleLatents = UNCONDITIONED,
+    fixed_level: bool = True,
+    negative_positions: bool = False,
     description: str = "sampling",
 ) -> AV[Tensor]:
     """Render one prompt to normalised latents, fp32: video [1, 128, F, H, W] and audio [1, 8, T, 16].
 
     The passes of guidance run as one batch. ``dtype`` is what the transformer computes in; the sample itself stays
-    in fp32. Noise is drawn on the CPU, so every device starts from the same.
+    in fp32. Noise is drawn on the CPU, so every device starts from the same. ``latents`` condition the sample, as
+    :func:`musubi_tuner.generation.conditioned.condition` says; those of a first frame are in the result bit for bit.
 
     Raises:
-        UserError: the prompt's guidance does not fit the transformer.
+        UserError: the prompt's guidance does not fit the transformer, or the latents not the prompt's size.
     """
+    conditioned = condition(
+        prompt, latents, mode, device, fixed_level=fixed_level, negative_positions=negative_positions
+    )
     noise = initial_noise(prompt, mode, channels=_channels(transformer))
     tokens = AV(
         video=None if noise.video is None else patchify_video(noise.video),
@@ -66,12 +68,13 @@ def generate_latents(
         transformer,
         encoded,
         guidance=_with_stg_blocks(prompt.guidance, transformer),
-        coords=token_coords(prompt, mode, device),
+        conditioned=conditioned,
         dtype=dtype,
         cross_timestep=cross_timestep,
     )
     steps = sigma_steps(ltx2_sigmas(prompt.sample_steps))
     tokens = SAMPLERS[sampler](denoise, tokens, progress(steps, desc=description, unit="step"))
+    tokens = tokens.map_named(lambda name, x: conditioned[name].lock(x))
     return AV(
         video=None if tokens.video is None else unpatchify_video(tokens.video, prompt.latent_grid),
         audio=None if tokens.audio is None else unpatchify_audio(tokens.audio, _AUDIO_CHANNELS),
@@ -87,12 +90,12 @@ class GuidedDenoiser:
         encoded: EncodedPrompt,
         *,
         guidance: Guidance,
-        coords: AV[Tensor],
+        conditioned: AV[Conditioned],
         dtype: torch.dtype,
         cross_timestep: CrossTimestep = "hybrid",
     ) -> None:
-        modalities = [name for name, _ in coords.items()]
-        device = next(iter(coords.items()))[1].device
+        modalities = [name for name, _ in conditioned.items()]
+        device = next(iter(conditioned.items()))[1].coords.device
         self._transformer = transformer
         self._guidance = guidance
         self._passes = guidance.passes(modalities)
@@ -100,7 +103,7 @@ class GuidedDenoiser:
         self._contexts = AV(video=_joined([t.video for t in texts]), audio=_joined([t.audio for t in texts]))
         self._contexts = self._contexts.map(lambda c: c.to(device, dtype))
         self._context_mask = _joined_masks(texts, device)
-        self._coords = coords.map(lambda c: c.expand(len(self._passes), -1, -1, -1))
+        self._conditioned = conditioned
         self._perturbations = perturbations(
             guidance,
             self._passes,
@@ -112,23 +115,29 @@ class GuidedDenoiser:
         self._cross_timestep = cross_timestep
 
     def __call__(self, tokens: AV[Tensor], sigma: float) -> AV[Tensor]:
+        # Whatever the sampler did to them, fixed tokens enter and leave a step as they are.
+        tokens = tokens.map_named(lambda name, x: self._conditioned[name].lock(x))
         inputs = tokens.map_named(lambda name, x: self._input(name, x, sigma))
         velocity = self._transformer(inputs, self._perturbations, self._cross_timestep)
 
         def combined(name: Modality, x: Tensor) -> Tensor:
-            clean = to_clean(x, velocity[name], inputs[name].timesteps)  # [passes, N, C]
+            conditioned = self._conditioned[name]
+            first = conditioned.num_references
+            levels = inputs[name].timesteps
+            levels = levels[:, first:] if levels.shape[1] > 1 else levels
+            clean = to_clean(x, velocity[name][:, first:], levels)  # [passes, N, C]
             by_pass = dict(zip(self._passes, clean.split(1), strict=True))
-            return guided(self._guidance, name, by_pass)
+            return conditioned.lock(guided(self._guidance, name, by_pass))
 
         return tokens.map_named(combined)
 
     def _input(self, name: Modality, tokens: Tensor, sigma: float) -> ModalityInput:
-        levels = torch.full((len(self._passes),), sigma, device=tokens.device)
+        passes, conditioned = len(self._passes), self._conditioned[name]
         return ModalityInput(
-            tokens=tokens.to(self._dtype).expand(len(self._passes), -1, -1),
-            timesteps=levels[:, None],
-            sigma=levels,
-            coords=self._coords[name],
+            tokens=conditioned.with_references(tokens).to(self._dtype).expand(passes, -1, -1),
+            timesteps=conditioned.levels(sigma).expand(passes, -1),
+            sigma=torch.full((passes,), sigma, device=tokens.device),
+            coords=conditioned.coords.expand(passes, -1, -1, -1),
             context=self._contexts[name],
             context_mask=self._context_mask,
         )
@@ -141,15 +150,6 @@ def initial_noise(prompt: SamplePrompt, mode: Mode, *, channels: int = 128) -> A
     bins = channels // _AUDIO_CHANNELS
     audio = None if mode == "video" else torch.randn(1, _AUDIO_CHANNELS, prompt.audio_steps, bins, generator=g)
     return AV(video=video, audio=audio)
-
-
-def token_coords(prompt: SamplePrompt, mode: Mode, device: torch.device | str) -> AV[Tensor]:
-    """Positions of the tokens of one sample."""
-    fps = torch.tensor([prompt.frame_rate], device=device)
-    return AV(
-        video=None if mode == "audio" else video_coords(prompt.latent_grid, fps),
-        audio=None if mode == "video" else audio_coords(prompt.audio_steps, 1, device),
-    )
 
 
 def _channels(transformer: LTX2Transformer) -> int:

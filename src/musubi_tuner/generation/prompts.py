@@ -302,14 +302,11 @@ def _violations(prompt: SamplePrompt) -> Iterator[str]:
         yield f"seed: expected 0 to 2^63 - 1, got {prompt.seed}"
     if prompt.stg_mode not in ("stg_av", "stg_v"):
         yield f"stg_mode: expected stg_av or stg_v, got {prompt.stg_mode!r}"
-    unavailable = {
-        "image_path": "image conditioning (--i)",
-        "v2v_ref_path": "video references (--v)",
-        "ref_audio_path": "audio references (--ra)",
-    }
-    for name, feature in unavailable.items():
-        if getattr(prompt, name):
-            yield f"{feature}: not available in this version; leave it out"
+    if prompt.image_path and prompt.frame_count <= VIDEO_TIME_STRIDE:
+        yield (
+            f"image conditioning (--i) fixes the first frame, and there is no other: expected frame_count of at least "
+            f"{VIDEO_TIME_STRIDE + 1}, got {prompt.frame_count}"
+        )
 
 
 def _rounded(prompt: SamplePrompt) -> SamplePrompt:

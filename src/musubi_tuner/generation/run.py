@@ -14,10 +14,11 @@ from torch import Tensor
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.safetensors_io import save_safetensors
 from musubi_tuner.config.model import Mode
-from musubi_tuner.config.sampling import SampleDecodeConfig
+from musubi_tuner.config.sampling import SampleConditioningConfig, SampleDecodeConfig
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.models.video_vae import Tiling
 
+from .conditions import UNCONDITIONED, SampleLatents
 from .decode import Decoders
 from .pipeline import generate_latents
 from .prompt_cache import EncodedPrompt
@@ -34,6 +35,7 @@ class Job:
     index: int
     prompt: SamplePrompt
     encoded: EncodedPrompt
+    latents: SampleLatents = UNCONDITIONED
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class RenderSettings:
         audio_only: the sound alone, without a video stream beside it (modes av and audio).
         decode_audio: whether sound is decoded and written.
         merge_audio: also write ``*_av.mp4``.
+        fixed_level: tell the transformer that the tokens of a given first frame are clean.
+        negative_positions: audio references lie before time 0.
         offload: keep the transformer on the CPU while the decoders run.
         write_media, write_latents: decoded files, and latents as safetensors.
     """
@@ -55,6 +59,8 @@ class RenderSettings:
     audio_only: bool = False
     decode_audio: bool = True
     merge_audio: bool = False
+    fixed_level: bool = True
+    negative_positions: bool = False
     offload: bool = False
     write_media: bool = True
     write_latents: bool = False
@@ -82,7 +88,13 @@ class Rendered:
 
 
 def render_settings(
-    decode: SampleDecodeConfig, *, mode: Mode, device: torch.device, dtype: torch.dtype, **others: bool
+    decode: SampleDecodeConfig,
+    conditioning: SampleConditioningConfig,
+    *,
+    mode: Mode,
+    device: torch.device,
+    dtype: torch.dtype,
+    **others: bool,
 ) -> RenderSettings:
     """Settings from the flags of previews and generation."""
     return RenderSettings(
@@ -92,6 +104,8 @@ def render_settings(
         audio_only=decode.sample_audio_only,
         decode_audio=not decode.sample_disable_audio,
         merge_audio=decode.sample_merge_audio,
+        fixed_level=conditioning.sample_i2v_token_timestep_mask,
+        negative_positions=conditioning.audio_ref_use_negative_positions,
         offload=decode.sample_with_offloading,
         **others,
     )
@@ -203,6 +217,9 @@ def _denoise(transformer: LTX2Transformer, job: Job, settings: RenderSettings) -
         mode=settings.generated,
         device=settings.device,
         dtype=settings.dtype,
+        latents=job.latents,
+        fixed_level=settings.fixed_level,
+        negative_positions=settings.negative_positions,
         description=f"sample {job.index}",
     )
 

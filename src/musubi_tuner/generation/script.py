@@ -15,6 +15,7 @@ from musubi_tuner.common.devices import choose_device
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.config.sampling import GenerateVideoConfig
+from musubi_tuner.dataset.fingerprint import RepairCommands
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.formats import LoraReader
@@ -25,6 +26,7 @@ from .decode import Decoders
 from .prompt_cache import EncodedPrompt, load_prompt_cache
 from .prompts import SamplePrompt, load_prompts, make_prompt
 from .run import Job, decode_tiling, generation_stem, render_prompts, render_settings
+from .sample_latents import CacheChoice, VaeSource, cache_choice, obtain_sample_latents
 from .text_encoding import load_encoder_and_encode
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def generate(config: GenerateVideoConfig) -> int:
     dtype = _DTYPES[options.mixed_precision]
     settings = render_settings(
         config.decode,
+        config.conditioning,
         mode=config.checkpoint.ltx2_mode,
         device=device,
         dtype=dtype,
@@ -52,9 +55,10 @@ def generate(config: GenerateVideoConfig) -> int:
     prompts = read_prompts(config)
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     checkpoint.require("transformer", "generating")
+    video_vae = Checkpoint.open(options.vae) if options.vae else None
     decoders = Decoders(
         checkpoint,
-        video_vae=Checkpoint.open(options.vae) if options.vae else None,
+        video_vae=video_vae,
         dtype=parse_dtype(options.vae_dtype),
         device=device,
         tiling=decode_tiling(config.decode),
@@ -64,12 +68,18 @@ def generate(config: GenerateVideoConfig) -> int:
     loras = open_loras(config.lora.lora_weight, checkpoint)
     options.output_dir.mkdir(parents=True, exist_ok=True)
 
+    vaes = VaeSource(
+        checkpoint, video_vae, dtype=parse_dtype(options.vae_dtype), device=device, tiling=decode_tiling(config.decode)
+    )
+    latents = obtain_sample_latents(
+        prompts, options.sample_prompts, settings.generated, vaes=vaes, cache=_latent_cache(config)
+    )
     encoded = _encoded(config, checkpoint, prompts, device=device, dtype=dtype)
     transformer, _ = assemble_transformer(checkpoint, streams=settings.generated, dtype=dtype, device=device)
     apply_loras(transformer, loras, config.lora.lora_multiplier, device)
     results = render_prompts(
         transformer,
-        [Job(i, p, e) for i, (p, e) in enumerate(zip(prompts, encoded, strict=True))],
+        [Job(i, p, e, x) for i, (p, e, x) in enumerate(zip(prompts, encoded, latents, strict=True))],
         decoders,
         settings=settings,
         output_dir=options.output_dir,
@@ -144,6 +154,13 @@ def apply_loras(
         network.apply_to(transformer)
         network.to(device).eval().requires_grad_(False)
         logger.info("%s x %g: %s", lora.path.name, multiplier, network.describe())
+
+
+def _latent_cache(config: GenerateVideoConfig) -> CacheChoice:
+    options = config.generate
+    commands = RepairCommands(None, config.checkpoint.ltx2_checkpoint, mode=config.checkpoint.ltx2_mode)
+    sizes = {name: getattr(options, name) for name in ("width", "height", "sample_num_frames")}
+    return cache_choice(config.conditioning, options.sample_prompts, commands, sizes=sizes)
 
 
 def _encoded(

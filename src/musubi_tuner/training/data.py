@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from musubi_tuner.common.av import AV
@@ -9,14 +10,19 @@ from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, check_caches
 from musubi_tuner.dataset.loader import BatchLoader
+from musubi_tuner.dataset.manifest import load_dataset_manifest
 from musubi_tuner.dataset.sampling import BatchPlan
 from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.config import TransformerConfig
 
+from .audio_batches import audio_mixing, report_sound
+
+logger = logging.getLogger(__name__)
+
 
 def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetworkConfig]:
-    """The dataset configuration, and the run's flags with the mode that the datasets imply.
+    """The datasets of the configuration or the manifest, and the run's flags with the mode that the datasets imply.
 
     Raises:
         UserError, ConfigErrors: what is wrong in the file.
@@ -27,18 +33,23 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
         "audio_bucket_strategy": data.audio_bucket_strategy,
         "audio_bucket_interval": data.audio_bucket_interval,
     }
-    datasets = load_dataset_config(data.dataset_config, command_line=options, need_sources=False)
+    if data.dataset_manifest is not None:
+        datasets = load_dataset_manifest(data.dataset_manifest, command_line=options)
+    else:
+        assert data.dataset_config is not None
+        datasets = load_dataset_config(data.dataset_config, command_line=options, need_sources=False)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)
     return datasets, replace(config, checkpoint=replace(config.checkpoint, ltx2_mode=mode))
 
 
 def make_loader(
-    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int
+    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int, world_size: int
 ) -> BatchLoader:
     """Batches of the cached items.
 
     Raises:
         ConfigErrors: no items, or caches that another checkpoint, mode or configuration made.
+        UserError: batches with sound are asked for, and there are none.
     """
     mode = config.checkpoint.ltx2_mode
     widths = text_widths(checkpoint)
@@ -52,14 +63,18 @@ def make_loader(
             text=checkpoint.encoder_id("text"),
         ),
         commands=RepairCommands(
-            dataset_config=config.data.dataset_config,
+            dataset_config=config.data.dataset_config or datasets.made_from,
             ltx2_checkpoint=config.checkpoint.ltx2_checkpoint,
             mode=mode,
             gemma=("--gemma_root", str(gemma.gemma_root)) if gemma.gemma_root else (),
+            manifest=config.data.dataset_manifest,
         ),
         text_widths=widths,
     )
-    plan = BatchPlan(training_set, seed)
+    plan = BatchPlan(training_set, seed, mixing=audio_mixing(config, world_size))
+    report_sound(plan, mode)
+    if config.data.persistent_data_loader_workers and config.data.max_data_loader_n_workers == 0:
+        logger.warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
     return BatchLoader(
         plan,
         workers=config.data.max_data_loader_n_workers,

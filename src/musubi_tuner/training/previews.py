@@ -10,11 +10,15 @@ import torch
 
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.fingerprint import RepairCommands
 from musubi_tuner.dataset.schema import DatasetConfig
+from musubi_tuner.generation.conditions import SampleLatents
 from musubi_tuner.generation.decode import Decoders
+from musubi_tuner.generation.latent_cache import DEFAULT_NAME as LATENTS_NAME
 from musubi_tuner.generation.prompt_cache import DEFAULT_NAME, EncodedPrompt, load_prompt_cache
 from musubi_tuner.generation.prompts import SamplePrompt, load_prompts
 from musubi_tuner.generation.run import Job, decode_tiling, preview_stem, render_prompts, render_settings
+from musubi_tuner.generation.sample_latents import VaeSource, cache_choice, obtain_sample_latents
 from musubi_tuner.generation.text_encoding import load_encoder_and_encode
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
@@ -60,7 +64,11 @@ class Previewer:
     def _render(self, progress: Progress, *, position: int, epoch_end: bool) -> None:
         save = self.config.save
         settings = render_settings(
-            self.config.decode, mode=self.config.checkpoint.ltx2_mode, device=self.device, dtype=self.dtype
+            self.config.decode,
+            self.config.conditioning,
+            mode=self.config.checkpoint.ltx2_mode,
+            device=self.device,
+            dtype=self.dtype,
         )
         self.network.eval()
         results = render_prompts(
@@ -86,10 +94,11 @@ def wants_previews(config: TrainNetworkConfig) -> bool:
 def prepare_jobs(
     config: TrainNetworkConfig, checkpoint: Checkpoint, datasets: DatasetConfig, *, device: torch.device
 ) -> list[Job]:
-    """Read and encode the prompt file, before the transformer takes the memory that Gemma needs.
+    """Read and encode the prompt file and what it names, before the transformer takes the memory that this needs.
 
     Raises:
-        UserError: what is wrong in the prompt file, the prompt cache or the text encoder's files.
+        UserError: what is wrong in the prompt file, the files that it names, the caches of prompts and latents, or the
+            text encoder's files.
     """
     preview = config.preview
     defaults = SamplePrompt(
@@ -99,8 +108,9 @@ def prepare_jobs(
         guidance_scale=preview.guidance_scale,
     )
     prompts = load_prompts(preview.sample_prompts, defaults)
+    latents = _latents(config, checkpoint, datasets, prompts, device)
     encoded = _encoded(config, checkpoint, datasets, prompts, device)
-    return [Job(index, prompt, e) for index, (prompt, e) in enumerate(zip(prompts, encoded, strict=True))]
+    return [Job(i, p, e, x) for i, (p, e, x) in enumerate(zip(prompts, encoded, latents, strict=True))]
 
 
 def make_decoders(config: TrainNetworkConfig, checkpoint: Checkpoint, *, device: torch.device) -> Decoders:
@@ -114,6 +124,31 @@ def make_decoders(config: TrainNetworkConfig, checkpoint: Checkpoint, *, device:
         audio=mode != "video" and not decode.sample_disable_audio,
     )
     return decoders
+
+
+def _latents(
+    config: TrainNetworkConfig,
+    checkpoint: Checkpoint,
+    datasets: DatasetConfig,
+    prompts: Sequence[SamplePrompt],
+    device: torch.device,
+) -> list[SampleLatents]:
+    mode, preview = config.checkpoint.ltx2_mode, config.preview
+    cache = cache_choice(
+        config.conditioning,
+        preview.sample_prompts,
+        RepairCommands(config.data.dataset_config or datasets.made_from, config.checkpoint.ltx2_checkpoint, mode),
+        default=datasets.datasets[0].cache_directory / LATENTS_NAME,
+        sizes={name: getattr(preview, name) for name in ("width", "height", "sample_num_frames")},
+    )
+    vaes = VaeSource(
+        checkpoint,
+        dtype=parse_dtype(config.precision.vae_dtype),
+        device=device,
+        tiling=decode_tiling(config.decode),
+    )
+    generated = "audio" if config.decode.sample_audio_only else mode
+    return obtain_sample_latents(prompts, preview.sample_prompts, generated, vaes=vaes, cache=cache)
 
 
 def _encoded(

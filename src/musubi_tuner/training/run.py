@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from accelerate.utils import broadcast_object_list
 
+from musubi_tuner.common.errors import ConfigErrors
+from musubi_tuner.config.rules_training import mode_fits
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.models.checkpoint import Checkpoint
 
@@ -17,6 +19,7 @@ from .previews import Previewer, make_decoders, prepare_jobs, wants_previews
 from .resume import find_resumed, resume_settings
 from .saving import Saver
 from .setup import (
+    audio_watch,
     check_choices,
     load_model,
     loop_settings,
@@ -45,11 +48,14 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     checkpoint.require("transformer", "training")
     version = resolve_version(config.version, explicit="ltx_version" in explicit, checkpoint=checkpoint)
     datasets, config = read_datasets(config)
+    if unfit := list(mode_fits(config)):  # again: the datasets may have changed the mode
+        raise ConfigErrors(unfit, "invalid arguments")
     config = _with_implied(config, explicit)
     resumed = find_resumed(config)
     compute = make_compute(config)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
-    loader = make_loader(config, datasets, checkpoint, seed=progress.seed)
+    world_size = compute.accelerator.num_processes
+    loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size)
     _warn_of_defaults(config, explicit, progress)
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
@@ -61,7 +67,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     loop = loop_settings(config, loader, optimizer, compute.accelerator)
     if resumed:
         resumed.restore(network, optimizer, names, resume_settings(config, loop))
-    task = task_settings(config, version, compute, progress.seed)
+    task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
     scaler = make_scaler(compute, progress)
     facts = run_facts(config, version, progress, loop, loader, optimizer, task, compute)
     report_plan(config, network, transformer, facts, loop)
@@ -75,7 +81,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         listeners.append(previewer)
     start_trackers(compute.accelerator, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    Trainer(transformer, parameters, optimizer, loader, task, loop, progress, listeners, scaler).run()
+    watch = audio_watch(config)
+    Trainer(transformer, parameters, optimizer, loader, task, loop, progress, listeners, scaler, watch).run()
     compute.accelerator.end_training()
     logger.info("done: %d steps, files in %s", progress.global_step, config.save.output_dir)
     return 1 if previewer and previewer.failures else 0
@@ -105,5 +112,10 @@ def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], prog
         logger.warning("--network_alpha not given: using 1, so the LoRA acts with 1/rank of its strength")
     if config.optimizer.lr_scheduler == "constant" and config.optimizer.lr_warmup_steps:
         logger.warning("--lr_scheduler constant has no warm-up; use constant_with_warmup")
+    if config.timestep.weighting_scheme != "none":
+        logger.warning(
+            "--weighting_scheme %s has no effect: LTX-2 is trained with equal weight at every noise level",
+            config.timestep.weighting_scheme,
+        )
     if config.optimizer.seed not in (None, progress.seed):
         logger.warning("--seed %d: the resumed run goes on with its own, %d", config.optimizer.seed, progress.seed)

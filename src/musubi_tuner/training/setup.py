@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,8 +18,11 @@ from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.seeding import derive_seed
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.batch import SampleKey
 from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
 from musubi_tuner.dataset.loader import BatchLoader
+from musubi_tuner.diffusion.balance import BalanceSettings
+from musubi_tuner.diffusion.level_pool import LevelPool
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_logit_mode
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
@@ -27,10 +31,12 @@ from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 from musubi_tuner.networks.param_groups import param_groups
 from musubi_tuner.networks.resolve import resolve_network_module
 
+from .audio_watch import AudioWatch
 from .lr_schedulers import ScheduleSettings, lr_factor, resolve_steps
 from .optimizers import create_optimizer, optimizer_class
 from .state import Progress
 from .step import TaskSettings
+from .supervision import SupervisionSettings
 from .tracking import log_folder, tracker_names
 from .trainer import LoopSettings
 
@@ -167,10 +173,9 @@ def loop_settings(
     )
 
 
-def task_settings(config: TrainNetworkConfig, version: str, compute: Compute, seed: int) -> TaskSettings:
-    timestep, loss = config.timestep, config.loss
-    resolution = config.data.audio_only_sequence_resolution
-    sampler = NoiseLevelSampler(
+def level_sampler(config: TrainNetworkConfig, version: str) -> NoiseLevelSampler:
+    timestep = config.timestep
+    return NoiseLevelSampler(
         sampling=timestep.timestep_sampling,
         shifted_logit_mode=timestep.shifted_logit_mode or default_shifted_logit_mode(version),
         mean=timestep.logit_mean,
@@ -178,11 +183,22 @@ def task_settings(config: TrainNetworkConfig, version: str, compute: Compute, se
         eps=timestep.shifted_logit_eps,
         uniform_prob=timestep.shifted_logit_uniform_prob,
         shift=timestep.shifted_logit_shift,
+        flow_shift=timestep.discrete_flow_shift,
+        sigmoid_scale=timestep.sigmoid_scale,
+        preserve_shape=timestep.preserve_distribution_shape,
         min_sigma=(timestep.min_timestep or 0) / 1000,
         max_sigma=(1000 if timestep.max_timestep is None else timestep.max_timestep) / 1000,
     )
+
+
+def task_settings(
+    config: TrainNetworkConfig, version: str, compute: Compute, seed: int, samples: Sequence[SampleKey]
+) -> TaskSettings:
+    """``samples`` are all of an epoch."""
+    loss, buckets = config.loss, config.timestep.num_timestep_buckets
+    resolution = config.data.audio_only_sequence_resolution
     return TaskSettings(
-        sampler=sampler,
+        sampler=level_sampler(config, version),
         seed=seed,
         device=compute.device,
         dtype=compute.dtype,
@@ -191,9 +207,37 @@ def task_settings(config: TrainNetworkConfig, version: str, compute: Compute, se
         weights=AV(video=loss.video_loss_weight, audio=loss.audio_loss_weight),
         first_frame_p=loss.ltx2_first_frame_conditioning_p,
         caption_dropout_rate=loss.caption_dropout_rate,
-        independent_audio_timestep=timestep.independent_audio_timestep,
+        independent_audio_timestep=config.timestep.independent_audio_timestep,
+        level_pool=None if buckets is None else LevelPool(seed, buckets, samples),
+        silence_weight=config.audio_loss.audio_silence_regularizer_weight
+        if config.audio_loss.audio_silence_regularizer
+        else None,
         audio_only_side=max(resolution // SPATIAL_STRIDE, 1) if resolution else None,
     )
+
+
+def audio_watch(config: TrainNetworkConfig) -> AudioWatch:
+    settings = config.audio_loss
+    balance = supervision = None
+    if settings.audio_loss_balance_mode != "none":
+        balance = BalanceSettings(
+            mode=settings.audio_loss_balance_mode,
+            beta=settings.audio_loss_balance_beta,
+            eps=settings.audio_loss_balance_eps,
+            minimum=settings.audio_loss_balance_min,
+            maximum=settings.audio_loss_balance_max,
+            ema_init=settings.audio_loss_balance_ema_init,
+            target_ratio=settings.audio_loss_balance_target_ratio,
+            ema_decay=settings.audio_loss_balance_ema_decay,
+        )
+    if settings.audio_supervision_mode != "off":
+        supervision = SupervisionSettings(
+            mode=settings.audio_supervision_mode,
+            warmup=settings.audio_supervision_warmup_steps,
+            interval=settings.audio_supervision_check_interval,
+            min_ratio=settings.audio_supervision_min_ratio,
+        )
+    return AudioWatch(config.loss.audio_loss_weight, balance, supervision)
 
 
 def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | None:
@@ -202,6 +246,8 @@ def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | 
     scaler = torch.amp.GradScaler(compute.device.type)
     if progress.scaler:
         scaler.load_state_dict(progress.scaler)
+    # It makes its scale on first use. A process whose first step has nothing to scale unscales the others' gradients.
+    scaler.scale(torch.zeros((), device=compute.device))
     return scaler
 
 

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from musubi_tuner.common.av import AV
 from musubi_tuner.conditioning.caption_dropout import drop_captions
 from musubi_tuner.conditioning.intrinsic import condition_first_frame
+from musubi_tuner.conditioning.silence import fill_silence, part_silence
 from musubi_tuner.dataset.batch import Batch, TextEmbeds
+from musubi_tuner.diffusion.level_pool import LevelPool
 from musubi_tuner.diffusion.losses import LossTerm, task_losses
 from musubi_tuner.diffusion.noising import noise_batch, sample_generators
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
@@ -33,6 +36,8 @@ class TaskSettings:
     first_frame_p: float = 0.0
     caption_dropout_rate: float = 0.0
     independent_audio_timestep: bool = False
+    level_pool: LevelPool | None = None  # spreads the levels of an epoch evenly
+    silence_weight: float | None = None  # factor of the audio loss of clips without sound; None = no audio for them
     audio_only_side: int | None = None  # mode audio: latent cells of a side of the virtual video; None = as cached
 
 
@@ -44,6 +49,7 @@ class TrainingView:
     tokens: AV[NoisedTokens]
     weights: AV[float]
     perturbations: Perturbations | None = None
+    silent: Tensor | None = None  # [B] bool on the CPU: samples whose sound is silence put in its place
 
     @property
     def num_tokens(self) -> int:
@@ -56,11 +62,13 @@ def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks
     def draws(purpose: str) -> list[torch.Generator]:
         return sample_generators(settings.seed, purpose, epoch, batch.keys)
 
+    batch, silent = (batch, None) if settings.silence_weight is None else fill_silence(batch)
     tokens = noise_batch(
         with_virtual_side(batch, settings.audio_only_side),
         sampler=settings.sampler,
         generators=draws("noise"),
         independent_audio=settings.independent_audio_timestep,
+        shares=None if settings.level_pool is None else settings.level_pool.deal(epoch, batch.keys),
         device=settings.device,
     )
     tokens = condition_first_frame(tokens, settings.first_frame_p, draws("first_frame"))
@@ -72,6 +80,7 @@ def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks
         tokens=tokens,
         weights=weights,
         perturbations=_silence_absent_audio(batch, tokens, num_blocks, settings.device),
+        silent=silent,
     )
 
 
@@ -104,15 +113,16 @@ def model_inputs(
 
 
 def view_losses(transformer: LTX2Transformer, view: TrainingView, settings: TaskSettings) -> Mapping[str, LossTerm]:
-    """One forward pass and its loss terms, ``video`` and/or ``audio``."""
+    """One forward pass and its loss terms: ``video``, ``audio`` and/or ``audio_silence``."""
     prediction = transformer(view.inputs, view.perturbations)
-    return task_losses(
+    terms = task_losses(
         prediction,
         view.tokens,
         loss_type=settings.loss_type,
         huber_delta=settings.huber_delta,
         weights=view.weights,
     )
+    return part_silence(terms, view.silent, settings.silence_weight)
 
 
 def _silence_absent_audio(

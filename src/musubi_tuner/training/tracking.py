@@ -79,6 +79,7 @@ class ScalarLog:
             "loss/average": report.average_loss,
             **{f"loss/{name}": value for name, value in report.losses.items()},
             **{f"lr/{label}": lr for label, lr in report.lrs.items()},
+            **report.scalars,
             "grad_norm": report.grad_norm,
             "step_seconds": report.seconds,
             "tokens_per_second": report.num_tokens / report.seconds,

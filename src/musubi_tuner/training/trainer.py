@@ -13,16 +13,16 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from musubi_tuner.common.av import MODALITIES
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.log import warn_once
 from musubi_tuner.common.progress import progress as progress_bar
 from musubi_tuner.common.seeding import derive_seed
 from musubi_tuner.dataset.batch import Batch
 from musubi_tuner.dataset.loader import BatchLoader
-from musubi_tuner.diffusion.losses import total
+from musubi_tuner.diffusion.losses import AUDIO_TERMS, total
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 
+from .audio_watch import AudioWatch
 from .distributed import average_gradients, sum_over_processes
 from .lr_schedulers import ScheduleSettings, lr_factor
 from .state import Progress
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_SKIPPED_IN_A_ROW = 20
-_LOSSES = ("loss", *MODALITIES)  # what a step reports; a batch may lack some
+_LOSSES = ("loss", "video", *AUDIO_TERMS)  # what a step reports; a batch may lack some
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class StepReport:
     num_tokens: int
     average_loss: float
     stepped: bool  # False: dropped, or no batch reached anything that is trained
+    scalars: Mapping[str, float] = field(default_factory=dict)  # further numbers to log, by their full names
 
 
 class Listener(Protocol):
@@ -90,6 +91,7 @@ class Trainer:
     progress: Progress
     listeners: Sequence[Listener] = ()
     scaler: torch.amp.GradScaler | None = None
+    audio_watch: AudioWatch = AudioWatch()
     _skipped_in_a_row: int = field(init=False, default=0)
 
     def run(self) -> None:
@@ -130,7 +132,10 @@ class Trainer:
         batches = self.loader.epoch(epoch, start=start, rank=self.loop.rank, world_size=self.loop.world_size)
         views = Lookahead(self._view(batch, epoch) for batch in batches)
         num_batches = state.batches_per_epoch
-        for window in windows(views, self.loop.accumulation):
+        while state.epoch == epoch and state.global_step < self.loop.total_steps:
+            # Where the processes cannot share an epoch evenly, a process may get an empty last window. It takes part in
+            # the step all the same: the others wait for it.
+            window = itertools.islice(views, self.loop.accumulation)
             report = self._optimizer_step(window, epoch, prepare_next=views.prepare)
             state.batch_in_epoch = min(state.batch_in_epoch + self.loop.accumulation, num_batches)
             bar.set_postfix(self._postfix(report), refresh=False)
@@ -141,8 +146,6 @@ class Trainer:
                 state.epoch, state.batch_in_epoch, state.epoch_loss_index = epoch + 1, 0, 0
             for listener in self.listeners:
                 listener.on_step(report, state)
-            if state.global_step >= self.loop.total_steps:
-                break
         if state.epoch > epoch:
             for listener in self.listeners:
                 listener.on_epoch_end(epoch, state)
@@ -164,14 +167,17 @@ class Trainer:
             num_tokens += view.num_tokens
         grad_norm = self._clipped_gradients()
         prepare_next()
-        losses = self._read(tally, grad_norm)
+        losses, counts = self._read(tally, grad_norm)
         norm, loss = losses.pop("grad_norm"), losses.pop("loss")
+        scalars = self.audio_watch.observe(losses, counts, state)
         stepped = self._apply(math.isfinite(norm) and math.isfinite(loss))
         state.global_step += 1
         average = self._record(loss)
         lrs = {g.get("label", str(i)): g["lr"] for i, g in enumerate(self.optimizer.param_groups)}
         seconds = time.perf_counter() - started
-        return StepReport(state.global_step, epoch, loss, losses, norm, lrs, seconds, num_tokens, average, stepped)
+        return StepReport(
+            state.global_step, epoch, loss, losses, norm, lrs, seconds, num_tokens, average, stepped, scalars
+        )
 
     def _backward(self, view: TrainingView, index: int) -> dict[str, Tensor]:
         """Add a micro-batch's gradients; returns its losses, detached."""
@@ -179,7 +185,7 @@ class Trainer:
         # a resumed run, and however many processes share the step.
         place = index * self.loop.world_size + self.loop.rank
         torch.manual_seed(derive_seed(self.task.seed, "step", self.progress.global_step, place))
-        terms = view_losses(self.transformer, view, self.task)
+        terms = self.audio_watch.weigh(view_losses(self.transformer, view, self.task), self.progress)
         loss = total(terms)
         if loss.requires_grad:
             scaled_loss = loss / self.loop.accumulation
@@ -206,8 +212,10 @@ class Trainer:
         max_norm = self.loop.max_grad_norm if self.loop.max_grad_norm > 0 else math.inf
         return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
-    def _read(self, tally: Mapping[str, Sequence[Tensor]], grad_norm: Tensor) -> dict[str, float]:
-        """Means over all micro-batches of all processes, in one transfer, and the gradient norm.
+    def _read(
+        self, tally: Mapping[str, Sequence[Tensor]], grad_norm: Tensor
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Means over all micro-batches of all processes and the gradient norm, in one transfer; and their counts.
 
         Every process sends and sees the same numbers, also where its own batches lack a modality, and so takes the
         same branch afterwards.
@@ -217,7 +225,8 @@ class Trainer:
         sums = torch.stack([torch.stack([zero, *v]).sum() for v in values.values()])
         counts = torch.tensor([float(len(v)) for v in values.values()]).to(sums.device)
         sums, counts = sum_over_processes(torch.stack([sums, counts])).tolist()
-        return {name: s / n for name, s, n in zip(values, sums, counts, strict=True) if n}
+        by_name = dict(zip(values, counts, strict=True))
+        return {name: s / by_name[name] for name, s in zip(values, sums, strict=True) if by_name[name]}, by_name
 
     def _apply(self, finite: bool) -> bool:
         """Step the optimizer, or drop the step when a loss or gradient is not finite."""
@@ -260,23 +269,11 @@ class Trainer:
         for name, short in (("video", "loss_v"), ("audio", "loss_a")):
             value = report.losses.get(name)
             shown[short] = "n/a" if value is None else f"{value:.4f}"
+        for name, short in (("audio_weight_effective", "audio_w"), ("audio_presence_ema", "audio_p")):
+            value = report.scalars.get(f"loss/{name}")
+            if value is not None:
+                shown[short] = f"{value:.3f}"
         return shown
-
-
-def windows(views: Iterable[T], size: int) -> Iterator[Iterator[T]]:
-    """Consecutive groups of up to ``size``; each group must be used up before the next is asked for."""
-    source = iter(views)
-
-    def rest(first: T) -> Iterator[T]:
-        yield first
-        for _ in range(size - 1):
-            try:
-                yield next(source)
-            except StopIteration:
-                return
-
-    for first in source:
-        yield rest(first)
 
 
 class Lookahead(Iterator[T]):

@@ -1,0 +1,23 @@
+"""The scripts and the flags of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig
+from musubi_tuner.config.demo import DemoConfig
+from musubi_tuner.config.inspect import InspectConfig
+from musubi_tuner.config.merge import MergeConfig
+from musubi_tuner.config.sampling import GenerateVideoConfig
+from musubi_tuner.config.training import TrainNetworkConfig
+
+# In the order in which they are used.
+SCRIPTS: Mapping[str, type] = {
+    "ltx2_inspect_dataset.py": InspectConfig,
+    "ltx2_cache_latents.py": CacheLatentsConfig,
+    "ltx2_cache_text_encoder_outputs.py": CacheTextConfig,
+    "ltx2_train_network.py": TrainNetworkConfig,
+    "ltx2_generate_video.py": GenerateVideoConfig,
+    "ltx2_merge_lora.py": MergeConfig,
+    "ltx2_demo.py": DemoConfig,
+}

@@ -5,7 +5,8 @@ Contenders, each over all files:
 - decode: PyAV, frames are decoded and dropped
 - plain: PyAV, ``frame.to_ndarray(format="rgb24")`` of each frame at its own size
 - full frame: plain, then ``cv2.resize(..., INTER_AREA)`` to cover the bucket and a cut: the obvious pipeline
-- ours: what the latent caching does: frames choice, conversion, resize, cut, clips as arrays
+- ours: what the latent caching does: conversion, resize, cut, clips as arrays; the
+  frame rate is given, so the times of the frames are not read beforehand
 
 Every contender decodes all frames with one decoder thread; frames are counted at the source. Contenders take
 turns in every round. With several workers the files are shared among threads, as the caching does it.
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def render(path: Path, seed: int, frames: int = 120) -> Path:
-    """A slow pan over a soft texture with film grain: about the bit rate of filmed material."""
+    """A slow pan over a soft texture with film grain, at about 6 Mbit/s; less grain decodes faster."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (60, 100, 3), np.uint8)
     scene = cv2.resize(coarse, (SIZE[0] + 2 * frames, SIZE[1] + frames), interpolation=cv2.INTER_CUBIC)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +15,7 @@ from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig
 from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.companions import check_companions
 from musubi_tuner.dataset.fingerprint import short_list
 from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.manifest import save_dataset_manifest
@@ -23,8 +24,8 @@ from musubi_tuner.dataset.sources import require_captions, stray_captions
 from musubi_tuner.models.checkpoint import Checkpoint
 
 from .latent_outputs import LatentRecipe, VirtualGeometry
-from .latents import RunOptions, cache_latents
-from .pipeline import Summary, prepare_directories
+from .latents import cache_latents
+from .pipeline import RunOptions, Summary, prepare_directories
 from .text import Encoder, TextRecipe, cache_sample_prompts, cache_text, gemma_fingerprint, read_sample_prompts
 
 if TYPE_CHECKING:
@@ -35,14 +36,21 @@ logger = logging.getLogger(__name__)
 _PRECISION = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def read_datasets(config: DatasetRunConfig, mode: Mode) -> tuple[DatasetConfig, Mode]:
+def read_datasets(
+    config: DatasetRunConfig, mode: Mode, *, defaults: Mapping[str, object] | None = None
+) -> tuple[DatasetConfig, Mode]:
     """The dataset configuration of a caching run, and the mode that it has.
+
+    Args:
+        defaults: of further keys of the configuration, by the command line.
 
     Raises:
         UserError: something in the configuration is wrong or, if the flags want all captions, one is missing.
     """
     assert config.dataset_config is not None
-    datasets = load_dataset_config(config.dataset_config, command_line={"caption_field": config.caption_field})
+    datasets = load_dataset_config(
+        config.dataset_config, command_line={"caption_field": config.caption_field, **(defaults or {})}
+    )
     mode = check_mode(datasets, mode)
     if config.strict or config.strict_captions:
         require_captions(datasets)
@@ -70,7 +78,10 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
 
     from .sample_latents import cache_sample_latents, read_conditioned_prompts
 
-    datasets, mode = read_datasets(config.dataset, config.checkpoint.ltx2_mode)
+    datasets, mode = read_datasets(
+        config.dataset, config.checkpoint.ltx2_mode, defaults=config.references.dataset_defaults
+    )
+    check_companions(datasets, mode, strict=config.references.strict_references)
     device = choose_device(config.dataset.device)
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     vae_checkpoint = Checkpoint.open(config.encoding.vae) if config.encoding.vae else checkpoint
@@ -118,6 +129,7 @@ def _latent_recipe(
             audio.audio_only_target_fps, audio.audio_only_sequence_resolution, audio.audio_only_target_resolution
         ),
         placeholder_channels=audio.audio_video_latent_channels or _video_channels(checkpoint),
+        reference_audio_seconds=config.references.reference_audio_max_seconds,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
+from .rules_references import references
 from .training import TrainNetworkConfig
 
 # Flags of the usual commands whose work arrives with the memory features.
@@ -203,6 +204,7 @@ _RULES = (
     audio_balance,
     mode_fits,
     audio_batches,
+    references,
     combinations,
 )
 

@@ -17,6 +17,7 @@ from musubi_tuner.common.progress import progress
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.common.text_files import read_text
 from musubi_tuner.config.caching import CacheLatentsConfig
+from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import AUDIO_RATE, audio_latent_length, latent_grid
 from musubi_tuner.dataset.clips import AudioSource, PreparedClip, iter_clips
 from musubi_tuner.dataset.schema import DatasetEntry
@@ -24,6 +25,7 @@ from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_probl
 from musubi_tuner.generation.decode import Sound
 from musubi_tuner.generation.write import write_mp4, write_wav
 
+from .companions import log_companions
 from .examine import unreadable
 from .findings import level_db
 from .pictures import side_by_side
@@ -41,7 +43,9 @@ def show_prepared(config: CacheLatentsConfig, form: Form) -> int:
         UserError: the dataset configuration is wrong.
     """
     audio = config.audio
-    datasets, mode = read_datasets(config.dataset, config.checkpoint.ltx2_mode)
+    datasets, mode = read_datasets(
+        config.dataset, config.checkpoint.ltx2_mode, defaults=config.references.dataset_defaults
+    )
     source = AudioSource(audio.ltx2_audio_source, audio.ltx2_audio_dir, audio.ltx2_audio_ext)
     failed = 0
     for entry in datasets.entries():
@@ -51,6 +55,7 @@ def show_prepared(config: CacheLatentsConfig, form: Form) -> int:
             form,
             folder,
             source if mode == "av" else None,
+            mode=mode,
             workers=config.dataset.num_workers or default_workers(),
         )
         if form != "console":
@@ -58,8 +63,10 @@ def show_prepared(config: CacheLatentsConfig, form: Form) -> int:
     return 0 if config.dataset.allow_failed else int(failed > 0)
 
 
-def _show_dataset(entry: DatasetEntry, form: Form, folder: Path, sound: AudioSource | None, *, workers: int) -> int:
-    """The number of files that cannot be used or lack a caption."""
+def _show_dataset(
+    entry: DatasetEntry, form: Form, folder: Path, sound: AudioSource | None, *, mode: Mode, workers: int
+) -> int:
+    """The number of files that cannot be used or lack a caption, and of references and masks that are missing."""
 
     def work(item: SourceItem) -> Iterator[PreparedClip]:
         return iter_clips(item, entry, with_audio=sound is not None, audio_source=sound)
@@ -67,7 +74,7 @@ def _show_dataset(entry: DatasetEntry, form: Form, folder: Path, sound: AudioSou
     listing = list_items(entry)
     if listing.problems:
         logger.warning("%s: %s", entry.label, summarize_problems(listing.problems))
-    rows, failed = [], len(listing.problems)
+    rows, failed = [], len(listing.problems) + log_companions(entry, mode, listing.items)
     written = None if form == "console" else _Written(folder)
     streams = read_ahead(listing.items, work, workers=workers, describe=lambda item: str(item.path))
     with progress(total=len(listing.items), desc=f"{entry.label} ({entry.kind})", unit="file") as bar:

@@ -142,7 +142,7 @@ def test_a_process_without_a_batch_takes_part_in_the_step(monkeypatch: pytest.Mo
         for p in parameters:
             p.grad = torch.full_like(p, 0.5 * arriving)
 
-    other = torch.tensor([[3.0, 3.0, 0.0, 0.5], [1.0, 1.0, 0.0, 1.0]])
+    other = torch.tensor([[3.0, 3.0, 0.0, 0.0, 0.5], [1.0, 1.0, 0.0, 0.0, 1.0]])
     monkeypatch.setattr(trainer_module, "average_gradients", average)
     monkeypatch.setattr(trainer_module, "sum_over_processes", lambda own: own + other)
     monkeypatch.setattr(Loader, "batches_per_epoch", lambda self, world_size: 1)

@@ -218,6 +218,19 @@ def test_prepared_clips_as_pictures_and_as_a_table(videos: Path, capsys) -> None
     assert re.search(r"other_00000-017 +128x64 +17 +0.68 +24 +0", capsys.readouterr().err)
 
 
+def test_prepared_clips_of_an_earlier_run_go_and_files_of_the_user_stay(videos: Path) -> None:
+    flags = ("--dataset_config", videos, "--debug_mode")
+    folder = videos.parent / "debug" / "datasets_0"
+    assert _status(cache_latents, *flags, "video") == 0
+    mine = folder / "plain_00000-017.txt"
+    mine.write_text("a remark", encoding="utf-8")
+    (videos.parent / "clips" / "other.mp4").unlink()
+    assert _status(cache_latents, *flags, "console") == 0
+    assert (folder / "other_00000-017.mp4").exists()
+    assert _status(cache_latents, *flags, "image") == 0
+    assert {path.name for path in folder.iterdir()} == {mine.name, "plain_00000-017.png", f"{ODD}_00000-017.png"}
+
+
 def test_a_damaged_file_does_not_stop_prepared_clips(videos: Path) -> None:
     (videos.parent / "clips" / "bad.mp4").write_bytes(b"nothing")
     (videos.parent / "clips" / "bad.txt").write_text("bad", encoding="utf-8")
@@ -246,3 +259,40 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(cached_demo, capsys) -> Non
 
     assert _status(cache_latents, *common, "--ltx2_checkpoint", demo.checkpoint) == 0
     assert "together: about" in capsys.readouterr().err
+
+
+@pytest.fixture
+def accompanied(videos: Path) -> Path:
+    """The three videos with references and masks; one lacks a reference, another has a mask of another shape."""
+    folder = videos.parent
+    for name in ("refs", "masks"):
+        (folder / name).mkdir()
+    for stem in ("plain", "other", ODD):
+        size = (64, 64) if stem == "other" else (128, 64)
+        Image.new("RGB", size, "white").save(folder / "masks" / f"{stem}.png")
+        if stem != "plain":
+            Image.new("RGB", (128, 64), "red").save(folder / "refs" / f"{stem}.png")
+    more = "reference_directory = 'refs'\nreference_cache_directory = 'rc'\nmask_directory = 'masks'\n"
+    return _config(folder, "video", "clips", f"target_frames = [17]\n{more}")
+
+
+def test_the_page_shows_references_and_masks_and_what_is_missing(accompanied: Path, capsys) -> None:
+    assert _status(inspect_dataset, "--dataset_config", accompanied) == 1
+    page = _page(accompanied.parent / "inspection")
+    assert page.text.count("1 frame of 128x64") == 2
+    assert "mask plain.png: keeps 100%" in page.text
+    assert page.tags.count("img") == 3 + 2 + 2  # clips, references, masks
+    said = capsys.readouterr().err
+    assert "reference 2 of 3, mask 3 of 3" in said
+    assert "no reference: 1 file: plain.mp4" in said
+    assert "unreadable mask: 1 file: other.mp4" in said
+
+
+@pytest.mark.parametrize("flags", [("--dry_run",), ("--debug_mode", "console")])
+def test_missing_references_are_counted_without_encoding(accompanied: Path, capsys, flags: tuple[str, ...]) -> None:
+    assert _status(cache_latents, "--dataset_config", accompanied, *flags) == 1
+    said = capsys.readouterr().err
+    assert "datasets[0]: reference 2 of 3, mask 3 of 3" in said
+    assert "missing: datasets[0]: no reference for plain.mp4" in said
+    Image.new("RGB", (128, 64)).save(accompanied.parent / "refs" / "plain.png")
+    assert _status(cache_latents, "--dataset_config", accompanied, *flags) == 0

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
+from cache_files import one_dataset, write_item
 from torch import nn
 
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
+from musubi_tuner.dataset.batch import SampleKey
+from musubi_tuner.dataset.items import TrainingSet
+from musubi_tuner.dataset.sampling import BatchPlan
 from musubi_tuner.diffusion.balance import BalanceSettings
 from musubi_tuner.diffusion.losses import LossTerm
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
 from musubi_tuner.training import trainer as trainer_module
 from musubi_tuner.training.audio_watch import AudioWatch
 from musubi_tuner.training.lr_schedulers import ScheduleSettings
+from musubi_tuner.training.setup import Compute, make_scaler
 from musubi_tuner.training.state import Progress
 from musubi_tuner.training.step import TaskSettings
 from musubi_tuner.training.supervision import SupervisionSettings
@@ -29,11 +37,13 @@ class View:
     video: float | None = 1.0
     audio: float | None = None
     num_tokens: int = 1
+    keys: tuple[SampleKey, ...] = ()
 
 
 @dataclass
 class Loader:
     views: list[View]
+    plan: BatchPlan = field(default_factory=lambda: BatchPlan(TrainingSet("video", ()), seed=0))
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
         return len(self.views)
@@ -76,7 +86,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_view", lambda self, batch, epoch: batch)
 
 
-def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=None, lr=0.1, watch=None):
+def run(views: list[View], *, steps: int, plan=None, progress=None, accumulation=1, scaler=None, lr=0.1, watch=None):
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -87,7 +97,7 @@ def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=
         model,
         [model.weight],
         optimizer,
-        Loader(views),
+        Loader(views, plan) if plan else Loader(views),
         task,
         loop,
         progress or Progress(seed=0),
@@ -121,6 +131,29 @@ def test_a_batch_that_reaches_nothing_trained_does_not_stop_the_run(scaled: bool
     assert weight == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_process_without_a_batch_takes_part_in_the_step(monkeypatch: pytest.MonkeyPatch, precision: str):
+    """Its own loader is empty, the gradients and losses of another process arrive."""
+    scaler = make_scaler(Compute(None, torch.device("cpu"), torch.float32, precision), Progress(seed=0))
+    arriving = scaler.get_scale() if scaler else 1.0
+
+    def average(parameters):
+        assert all(p.grad is None for p in parameters)
+        for p in parameters:
+            p.grad = torch.full_like(p, 0.5 * arriving)
+
+    other = torch.tensor([[3.0, 3.0, 0.0, 0.0, 0.5], [1.0, 1.0, 0.0, 0.0, 1.0]])
+    monkeypatch.setattr(trainer_module, "average_gradients", average)
+    monkeypatch.setattr(trainer_module, "sum_over_processes", lambda own: own + other)
+    monkeypatch.setattr(Loader, "batches_per_epoch", lambda self, world_size: 1)
+    weight, recorder = run([], steps=2, scaler=scaler)
+    assert recorder.positions == [(1, 1, 0), (2, 2, 0)]
+    assert [(r.loss, r.losses, r.num_tokens, r.stepped) for r in recorder.reports] == [
+        (3.0, {"video": 3.0}, 0, True)
+    ] * 2
+    assert weight == pytest.approx(1 - 2 * 0.1 * 0.5)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_non_finite_loss_drops_one_step_only(scaled: bool):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
@@ -130,6 +163,20 @@ def test_a_non_finite_loss_drops_one_step_only(scaled: bool):
     assert weight == pytest.approx(0.9)
     assert progress.skipped_steps == 1
     assert progress.epoch_losses == [pytest.approx(1.0)]
+
+
+def test_the_cache_that_makes_steps_non_finite_is_named_once(tmp_path: Path, caplog):
+    items = [write_item(tmp_path, name, audio_steps=3) for name in ("a", "b")]
+    file = SafetensorsFile(items[1].audio)
+    tensors = {key: t * float("nan") if t.is_floating_point() else t for key, t in file.read()}
+    save_safetensors(tensors, file.path, file.metadata)
+    plan = BatchPlan(one_dataset(items), seed=0)
+    bad = View(float("nan"), keys=(SampleKey("a"), SampleKey("b")))
+    with caplog.at_level(logging.ERROR):
+        run([bad, View(float("nan"), keys=(SampleKey("a"),)), View()], steps=6, plan=plan)
+    assert [m for m in caplog.messages if "NaN" in m] == [
+        f"{file.path}: holds NaN or infinity, or cannot be read; delete it and cache it again"
+    ]
 
 
 def test_twenty_non_finite_losses_in_a_row_end_the_run():

@@ -9,6 +9,8 @@ from typing import Literal
 from .flag import flag
 from .model import CheckpointConfig, GemmaConfig
 
+CAPTION_FIELD_HELP = "key of the captions in JSONL lists, where the configuration has no caption_field; else: caption"
+
 
 @dataclass(frozen=True)
 class DatasetRunConfig:
@@ -19,7 +21,10 @@ class DatasetRunConfig:
     num_workers: int | None = flag(None, "workers that decode ahead of the encoder; not given: CPU count - 1")
     skip_existing: bool = flag(False, "keep caches that this checkpoint, mode and settings made")
     keep_cache: bool = flag(False, "keep cache files that the dataset no longer produces")
-    allow_failed: bool = flag(False, "exit with 0 even when some items failed")
+    strict_captions: bool = flag(False, "a caption that is missing or unreadable is an error before any work")
+    strict: bool = flag(False, "stop at the first item that fails; implies --strict_captions")
+    allow_failed: bool = flag(False, "exit with 0 even when some items failed or lack a caption")
+    caption_field: str | None = flag(None, CAPTION_FIELD_HELP, metavar="NAME")
     device: str | None = flag(None, "device of the encoder; not given: cuda if present, else cpu")
     save_dataset_manifest: Path | None = flag(
         None, "when done, list the caches in this file (.json), from which training needs neither sources nor TOML"
@@ -67,6 +72,27 @@ class AudioSourceConfig:
 
 
 @dataclass(frozen=True)
+class ReferenceConfig:
+    """References and masks."""
+
+    reference_frames: int | None = flag(
+        None, "frames of a reference, 8k + 1, where the dataset does not say; not given: 1"
+    )
+    reference_downscale: int | None = flag(
+        None, "the target's size divided by the reference's, where the dataset does not say; not given: 1"
+    )
+    reference_audio_max_seconds: float | None = flag(
+        None, "use only the beginning of a reference sound; not given: the whole"
+    )
+    strict_references: bool = flag(False, "stop before encoding if a reference or mask is missing")
+
+    @property
+    def dataset_defaults(self) -> dict[str, object]:
+        """Values of the keys that a dataset configuration may leave out."""
+        return {"reference_frames": self.reference_frames, "reference_downscale": self.reference_downscale}
+
+
+@dataclass(frozen=True)
 class WithoutEncodingConfig:
     """Without encoding (no checkpoint needed)."""
 
@@ -110,6 +136,7 @@ class CacheLatentsConfig:
     dataset: DatasetRunConfig = DatasetRunConfig()
     encoding: LatentEncodingConfig = LatentEncodingConfig()
     audio: AudioSourceConfig = AudioSourceConfig()
+    references: ReferenceConfig = ReferenceConfig()
     samples: SampleLatentsConfig = SampleLatentsConfig()
     without: WithoutEncodingConfig = WithoutEncodingConfig()
 

@@ -31,7 +31,9 @@ class GemmaConfig:
     """Text encoder."""
 
     gemma_root: Path | None = flag(None, "Gemma model folder (Hugging Face format)")
-    gemma_safetensors: Path | None = flag(None, "Gemma in one safetensors file")
+    gemma_safetensors: Path | None = flag(
+        None, "Gemma in one safetensors file; --gemma_root beside it gives the tokenizer and the configuration only"
+    )
     gemma_load_in_8bit: bool = flag(False, "load Gemma in 8 bit (bitsandbytes, CUDA only)")
     gemma_load_in_4bit: bool = flag(False, "load Gemma in 4 bit (bitsandbytes, CUDA only)")
     gemma_bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit type")

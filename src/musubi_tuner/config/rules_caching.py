@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from .caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig, LatentEncodingConfig
 from .rules_common import dtypes, missing, tiles
 
+_SHORTEST_REFERENCE = 0.1  # seconds of sound
+
 
 def required(config: CacheLatentsConfig | CacheTextConfig) -> Iterable[str]:
     """Files that both scripts cannot do without, and whether they exist."""
@@ -19,7 +21,7 @@ def required(config: CacheLatentsConfig | CacheTextConfig) -> Iterable[str]:
         if path is None and not (name == "ltx2_checkpoint" and without_checkpoint):
             yield f"--{name} is required"
     yield from missing(needed)
-    yield from _counts(config.dataset)
+    yield from _dataset_run(config.dataset)
     yield from _manifest(config.dataset)
 
 
@@ -45,6 +47,19 @@ def latents(config: CacheLatentsConfig) -> Iterable[str]:
         yield f"--audio_only_target_resolution {audio.audio_only_target_resolution}: expected at least 32"
     if audio.audio_video_latent_channels is not None and audio.audio_video_latent_channels < 1:
         yield f"--audio_video_latent_channels {audio.audio_video_latent_channels}: expected at least 1"
+
+
+def references(config: CacheLatentsConfig) -> Iterable[str]:
+    """Options of references, by the rules of the dataset's keys."""
+    given = config.references
+    frames = given.reference_frames
+    if frames is not None and (frames < 1 or frames % 8 != 1):
+        yield f"--reference_frames {frames}: expected a number of frames of the form 8k + 1 (1, 9, 17, ...)"
+    if given.reference_downscale is not None and given.reference_downscale < 1:
+        yield f"--reference_downscale {given.reference_downscale}: expected at least 1"
+    seconds = given.reference_audio_max_seconds
+    if seconds is not None and seconds < _SHORTEST_REFERENCE:
+        yield f"--reference_audio_max_seconds {seconds:g}: expected at least {_SHORTEST_REFERENCE:g}"
 
 
 def sample_latents(config: CacheLatentsConfig) -> Iterable[str]:
@@ -87,8 +102,8 @@ def _tiles(encoding: LatentEncodingConfig) -> Iterable[str]:
 def text(config: CacheTextConfig) -> Iterable[str]:
     """Options of the text caching script."""
     gemma, prompts = config.gemma, config.text
-    if (gemma.gemma_root is None) == (gemma.gemma_safetensors is None):
-        yield "give exactly one of --gemma_root (a folder) and --gemma_safetensors (a file)"
+    if gemma.gemma_root is None and gemma.gemma_safetensors is None:
+        yield "give --gemma_root (a folder) or --gemma_safetensors (a file)"
     quantized = [name for name in ("gemma_load_in_8bit", "gemma_load_in_4bit") if getattr(gemma, name)]
     if len(quantized) > 1:
         yield "--gemma_load_in_8bit and --gemma_load_in_4bit exclude each other; give one"
@@ -116,7 +131,11 @@ def _manifest(dataset: DatasetRunConfig) -> Iterable[str]:
         yield f"--save_dataset_manifest {manifest}: would replace the dataset configuration; choose another name"
 
 
-def _counts(dataset: DatasetRunConfig) -> Iterable[str]:
+def _dataset_run(dataset: DatasetRunConfig) -> Iterable[str]:
+    if dataset.strict and dataset.allow_failed:
+        yield "--strict and --allow_failed exclude each other; give one"
+    if dataset.caption_field is not None and not dataset.caption_field.strip():
+        yield "--caption_field: expected the name of a key"
     for name in ("batch_size", "num_workers"):
         value = getattr(dataset, name)
         if value is not None and value < 1:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
+from .rules_references import references
 from .rules_saving import resume_exists, rotation, uploads
 from .training import TrainNetworkConfig
 
@@ -153,6 +154,25 @@ def mode_fits(config: TrainNetworkConfig) -> Iterable[str]:
             yield f"--{name} needs --ltx2_mode {' or '.join(modes)}, got {mode}"
 
 
+def audio_batches(config: TrainNetworkConfig) -> Iterable[str]:
+    """How batches with sound are spread."""
+    quota, probability = config.data.min_audio_batches_per_accum, config.data.audio_batch_probability
+    accumulation = config.optimizer.gradient_accumulation_steps
+    if quota < 0:
+        yield f"--min_audio_batches_per_accum: expected 0 or more, got {quota}"
+    elif quota > accumulation:
+        yield (
+            f"--min_audio_batches_per_accum {quota}: expected at most --gradient_accumulation_steps ({accumulation}); "
+            "lower it, or accumulate more batches"
+        )
+    if probability is None:
+        return
+    if not 0 <= probability <= 1:
+        yield f"--audio_batch_probability: expected 0 to 1, got {probability}"
+    if quota != 0:
+        yield "--min_audio_batches_per_accum and --audio_batch_probability exclude each other; give one of them"
+
+
 def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     """Flags that exclude or need each other."""
     gemma, preview = config.gemma, config.preview
@@ -176,7 +196,19 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
         yield f"--log_with {config.tracking.log_with} needs --logging_dir"
 
 
+_RULES = (
+    required,
+    unavailable,
+    ranges,
+    audio_balance,
+    mode_fits,
+    audio_batches,
+    references,
+    combinations,
+)
+
+
 def all_rules(parsed: Any) -> list[str]:
     """Every violation, in the order of the rules above."""
     config: TrainNetworkConfig = parsed.config
-    return [v for rule in (required, unavailable, ranges, audio_balance, mode_fits, combinations) for v in rule(config)]
+    return [v for rule in _RULES for v in rule(config)]

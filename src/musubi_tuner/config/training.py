@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .caching import CAPTION_FIELD_HELP
 from .flag import flag
 from .hub import HubConfig
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
+from .references import ReferenceConfig
 from .sampling import PreviewConfig, SampleConditioningConfig, SampleDecodeConfig
 
 
@@ -67,6 +69,13 @@ class DataConfig:
     separate_audio_buckets: bool | None = flag(None, "keep items with and without sound in separate batches")
     audio_bucket_strategy: Literal["pad", "truncate"] | None = flag(None, "bring audio lengths of a bucket together")
     audio_bucket_interval: float | None = flag(None, "step of the audio length buckets, seconds")
+    caption_field: str | None = flag(None, CAPTION_FIELD_HELP, metavar="NAME")
+    min_audio_batches_per_accum: int = flag(
+        0, "batches with sound in every optimizer step at least, over all processes, while they last; 0 = off"
+    )
+    audio_batch_probability: float | None = flag(
+        None, "probability that the next batch is one with sound, while there are both kinds (not given: off)"
+    )
     audio_only_sequence_resolution: int = flag(
         64, "mode audio: side of the virtual video for the timestep shift; 0 = as cached"
     )
@@ -243,6 +252,7 @@ class TrainNetworkConfig:
     timestep: TimestepConfig = TimestepConfig()
     loss: LossConfig = LossConfig()
     audio_loss: AudioLossConfig = AudioLossConfig()
+    references: ReferenceConfig = ReferenceConfig()
     preview: PreviewConfig = PreviewConfig()
     conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()

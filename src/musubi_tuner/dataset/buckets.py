@@ -36,14 +36,15 @@ def bucket_sizes(resolution: Size, step: int = SPATIAL_STRIDE) -> tuple[Size, ..
     """All buckets of about the area of ``resolution``, sorted.
 
     Widths run from half the side of the equal-area square up to that side, heights follow from the area, and
-    each pair is taken both ways. Sides are multiples of ``step``.
+    each pair is taken both ways. Sides are multiples of ``step``; an area below ``step`` squared has none.
     """
     area = resolution[0] * resolution[1]
     side = math.isqrt(area)
     sizes: set[Size] = set()
-    for width in range(floor_to(side // 2, step), side + step, step):
+    for width in range(max(floor_to(side // 2, step), step), side + step, step):
         height = floor_to(area // width, step)
-        sizes |= {(width, height), (height, width)}
+        if height:
+            sizes |= {(width, height), (height, width)}
     return tuple(sorted(sizes))
 
 
@@ -93,6 +94,16 @@ def latent_grid(frames: int, size: Size) -> tuple[int, int, int]:
     """Latent ``(F, H, W)`` of a clip of ``frames`` frames of ``size``."""
     width, height = size
     return latent_frames(frames), height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
+
+
+def reference_scale(target: tuple[int, int, int], reference: tuple[int, int, int]) -> int | None:
+    """How many times the sides of a target's latent grid are those of its reference.
+
+    ``None`` if that is no whole number, or not the same for both sides.
+    """
+    scale = target[1] // reference[1]
+    fits = target[1:] == (reference[1] * scale, reference[2] * scale)
+    return scale if fits and scale >= 1 else None
 
 
 def pixel_frames(grid: tuple[int, int, int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from musubi_tuner.common.av import AV
@@ -15,6 +16,11 @@ from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.config import TransformerConfig
 
+from .audio_batches import audio_mixing, report_sound
+from .references import reference_downscale, reference_modalities
+
+logger = logging.getLogger(__name__)
+
 
 def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetworkConfig]:
     """The datasets of the configuration or the manifest, and the run's flags with the mode that the datasets imply.
@@ -24,9 +30,11 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
     """
     data = config.data
     options = {
+        **_reference_options(config),
         "separate_audio_buckets": data.separate_audio_buckets,
         "audio_bucket_strategy": data.audio_bucket_strategy,
         "audio_bucket_interval": data.audio_bucket_interval,
+        "caption_field": data.caption_field,
     }
     if data.dataset_manifest is not None:
         datasets = load_dataset_manifest(data.dataset_manifest, command_line=options)
@@ -37,17 +45,23 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
     return datasets, replace(config, checkpoint=replace(config.checkpoint, ltx2_mode=mode))
 
 
+def _reference_options(config: TrainNetworkConfig) -> dict[str, int]:
+    settings = config.references
+    return {"reference_frames": settings.reference_frames, "reference_downscale": settings.reference_downscale}
+
+
 def make_loader(
-    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int
+    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int, world_size: int
 ) -> BatchLoader:
     """Batches of the cached items.
 
     Raises:
         ConfigErrors: no items, or caches that another checkpoint, mode or configuration made.
+        UserError: references of different relative sizes; batches with sound are asked for, and there are none.
     """
     mode = config.checkpoint.ltx2_mode
     widths = text_widths(checkpoint)
-    training_set = discover(datasets, mode, legacy_text_widths=widths)
+    training_set = discover(datasets, mode, legacy_text_widths=widths, references=reference_modalities(config))
     gemma = config.gemma
     check_caches(
         training_set,
@@ -61,11 +75,16 @@ def make_loader(
             ltx2_checkpoint=config.checkpoint.ltx2_checkpoint,
             mode=mode,
             gemma=("--gemma_root", str(gemma.gemma_root)) if gemma.gemma_root else (),
+            latents=tuple(part for k, v in _reference_options(config).items() if v != 1 for part in (f"--{k}", str(v))),
             manifest=config.data.dataset_manifest,
         ),
         text_widths=widths,
     )
-    plan = BatchPlan(training_set, seed)
+    reference_downscale(training_set)
+    plan = BatchPlan(training_set, seed, mixing=audio_mixing(config, world_size))
+    report_sound(plan, mode)
+    if config.data.persistent_data_loader_workers and config.data.max_data_loader_n_workers == 0:
+        logger.warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
     return BatchLoader(
         plan,
         workers=config.data.max_data_loader_n_workers,

@@ -34,6 +34,7 @@ from musubi_tuner.networks.resolve import resolve_network_module
 from .audio_watch import AudioWatch
 from .lr_schedulers import ScheduleSettings, lr_factor, resolve_steps
 from .optimizers import create_optimizer, optimizer_class
+from .references import audio_reference_rules
 from .state import Progress
 from .step import TaskSettings
 from .supervision import SupervisionSettings
@@ -208,6 +209,7 @@ def task_settings(
         first_frame_p=loss.ltx2_first_frame_conditioning_p,
         caption_dropout_rate=loss.caption_dropout_rate,
         independent_audio_timestep=config.timestep.independent_audio_timestep,
+        audio_reference=audio_reference_rules(config),
         level_pool=None if buckets is None else LevelPool(seed, buckets, samples),
         silence_weight=config.audio_loss.audio_silence_regularizer_weight
         if config.audio_loss.audio_silence_regularizer
@@ -246,6 +248,8 @@ def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | 
     scaler = torch.amp.GradScaler(compute.device.type)
     if progress.scaler:
         scaler.load_state_dict(progress.scaler)
+    # It makes its scale on first use. A process whose first step has nothing to scale unscales the others' gradients.
+    scaler.scale(torch.zeros((), device=compute.device))
     return scaler
 
 

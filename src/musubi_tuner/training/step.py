@@ -10,9 +10,10 @@ from torch import Tensor
 
 from musubi_tuner.common.av import AV
 from musubi_tuner.conditioning.caption_dropout import drop_captions
-from musubi_tuner.conditioning.intrinsic import condition_first_frame
+from musubi_tuner.conditioning.intrinsic import condition_first_frame, condition_masks
+from musubi_tuner.conditioning.reference import AudioReferenceRules, prepend_references
 from musubi_tuner.conditioning.silence import fill_silence, part_silence
-from musubi_tuner.dataset.batch import Batch, TextEmbeds
+from musubi_tuner.dataset.batch import Batch, SampleKey, TextEmbeds
 from musubi_tuner.diffusion.level_pool import LevelPool
 from musubi_tuner.diffusion.losses import LossTerm, task_losses
 from musubi_tuner.diffusion.noising import noise_batch, sample_generators
@@ -36,6 +37,7 @@ class TaskSettings:
     first_frame_p: float = 0.0
     caption_dropout_rate: float = 0.0
     independent_audio_timestep: bool = False
+    audio_reference: AudioReferenceRules = AudioReferenceRules()
     level_pool: LevelPool | None = None  # spreads the levels of an epoch evenly
     silence_weight: float | None = None  # factor of the audio loss of clips without sound; None = no audio for them
     audio_only_side: int | None = None  # mode audio: latent cells of a side of the virtual video; None = as cached
@@ -49,6 +51,7 @@ class TrainingView:
     tokens: AV[NoisedTokens]
     weights: AV[float]
     perturbations: Perturbations | None = None
+    keys: tuple[SampleKey, ...] = ()
     silent: Tensor | None = None  # [B] bool on the CPU: samples whose sound is silence put in its place
 
     @property
@@ -72,6 +75,8 @@ def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks
         device=settings.device,
     )
     tokens = condition_first_frame(tokens, settings.first_frame_p, draws("first_frame"))
+    tokens = condition_masks(tokens, batch.masks)
+    tokens = prepend_references(tokens, batch.references, settings.audio_reference)
     text = drop_captions(batch.text, settings.caption_dropout_rate, draws("caption_dropout"))
     overrides = batch.loss_weights
     weights = settings.weights.map_named(lambda name, w: w if overrides[name] is None else overrides[name])
@@ -80,6 +85,7 @@ def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks
         tokens=tokens,
         weights=weights,
         perturbations=_silence_absent_audio(batch, tokens, num_blocks, settings.device),
+        keys=batch.keys,
         silent=silent,
     )
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -17,7 +18,8 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.log import warn_once
 from musubi_tuner.common.progress import progress as progress_bar
 from musubi_tuner.common.seeding import derive_seed
-from musubi_tuner.dataset.batch import Batch
+from musubi_tuner.dataset.batch import Batch, SampleKey
+from musubi_tuner.dataset.collate import damaged_files
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.diffusion.losses import AUDIO_TERMS, total
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
@@ -93,6 +95,7 @@ class Trainer:
     scaler: torch.amp.GradScaler | None = None
     audio_watch: AudioWatch = AudioWatch()
     _skipped_in_a_row: int = field(init=False, default=0)
+    _damaged: set[Path] = field(init=False, default_factory=set)
 
     def run(self) -> None:
         """Train to the end.
@@ -132,7 +135,10 @@ class Trainer:
         batches = self.loader.epoch(epoch, start=start, rank=self.loop.rank, world_size=self.loop.world_size)
         views = Lookahead(self._view(batch, epoch) for batch in batches)
         num_batches = state.batches_per_epoch
-        for window in windows(views, self.loop.accumulation):
+        while state.epoch == epoch and state.global_step < self.loop.total_steps:
+            # Where the processes cannot share an epoch evenly, a process may get an empty last window. It takes part in
+            # the step all the same: the others wait for it.
+            window = itertools.islice(views, self.loop.accumulation)
             report = self._optimizer_step(window, epoch, prepare_next=views.prepare)
             state.batch_in_epoch = min(state.batch_in_epoch + self.loop.accumulation, num_batches)
             bar.set_postfix(self._postfix(report), refresh=False)
@@ -143,8 +149,6 @@ class Trainer:
                 state.epoch, state.batch_in_epoch, state.epoch_loss_index = epoch + 1, 0, 0
             for listener in self.listeners:
                 listener.on_step(report, state)
-            if state.global_step >= self.loop.total_steps:
-                break
         if state.epoch > epoch:
             for listener in self.listeners:
                 listener.on_epoch_end(epoch, state)
@@ -160,7 +164,9 @@ class Trainer:
         self._set_lrs(state.global_step)
         tally: dict[str, list[Tensor]] = {name: [] for name in _LOSSES}
         num_tokens = 0
+        keys: list[SampleKey] = []
         for index, view in enumerate(window):
+            keys += view.keys
             for name, value in self._backward(view, index).items():
                 tally[name].append(value)
             num_tokens += view.num_tokens
@@ -169,7 +175,10 @@ class Trainer:
         losses, counts = self._read(tally, grad_norm)
         norm, loss = losses.pop("grad_norm"), losses.pop("loss")
         scalars = self.audio_watch.observe(losses, counts, state)
-        stepped = self._apply(math.isfinite(norm) and math.isfinite(loss))
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if not finite:
+            self._name_damaged(keys)
+        stepped = self._apply(finite)
         state.global_step += 1
         average = self._record(loss)
         lrs = {g.get("label", str(i)): g["lr"] for i, g in enumerate(self.optimizer.param_groups)}
@@ -251,6 +260,13 @@ class Trainer:
             )
         return False
 
+    def _name_damaged(self, keys: Sequence[SampleKey]) -> None:
+        """Name the cache files that made a step non-finite, each once; every process looks at its own batches."""
+        for path in damaged_files(self.loader.plan.training_set, keys):
+            if path not in self._damaged:
+                self._damaged.add(path)
+                logger.error("%s: holds NaN or infinity, or cannot be read; delete it and cache it again", path)
+
     def _record(self, loss: float) -> float:
         """Mean over the latest loss of each in-epoch step; non-finite losses are left out."""
         state = self.progress
@@ -273,22 +289,6 @@ class Trainer:
             if value is not None:
                 shown[short] = f"{value:.3f}"
         return shown
-
-
-def windows(views: Iterable[T], size: int) -> Iterator[Iterator[T]]:
-    """Consecutive groups of up to ``size``; each group must be used up before the next is asked for."""
-    source = iter(views)
-
-    def rest(first: T) -> Iterator[T]:
-        yield first
-        for _ in range(size - 1):
-            try:
-                yield next(source)
-            except StopIteration:
-                return
-
-    for first in source:
-        yield rest(first)
 
 
 class Lookahead(Iterator[T]):

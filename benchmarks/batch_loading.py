@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="where the files go (default: a temporary folder)")
     args = parser.parse_args()
+    if min(args.items, args.real_items) < 8 or args.batches < 2:
+        parser.error("expected at least 8 clips of each size and 2 batches")
     logging.disable(logging.CRITICAL)  # tables of the discovery
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         small = write_dataset(Path(folder) / "small", args.items, SMALL)

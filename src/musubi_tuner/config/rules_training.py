@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
+from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .training import TrainNetworkConfig
 
 # Flags of the usual commands whose work arrives with the memory features.
@@ -180,4 +181,8 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
 def all_rules(parsed: Any) -> list[str]:
     """Every violation, in the order of the rules above."""
     config: TrainNetworkConfig = parsed.config
-    return [v for rule in (required, unavailable, ranges, audio_balance, mode_fits, combinations) for v in rule(config)]
+    rules = (
+        *(required, unavailable, ranges, optimizer_ranges, audio_balance),
+        *(mode_fits, combinations, optimizer_combinations),
+    )
+    return [v for rule in rules for v in rule(config)]

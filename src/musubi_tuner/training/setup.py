@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -28,17 +28,19 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
-from musubi_tuner.networks.param_groups import param_groups
+from musubi_tuner.networks.param_groups import flag_rates, param_groups
 from musubi_tuner.networks.resolve import resolve_network_module
 
 from .audio_watch import AudioWatch
-from .lr_schedulers import ScheduleSettings, lr_factor, resolve_steps
-from .optimizers import create_optimizer, optimizer_class
+from .lr_plan import make_plan, schedule_settings
+from .lr_schedulers import ScheduleSettings
+from .optimizers import create_optimizer, is_schedule_free, sets_own_rates
 from .state import Progress
 from .step import TaskSettings
 from .supervision import SupervisionSettings
 from .tracking import log_folder, tracker_names
 from .trainer import LoopSettings
+from .weights import MaxNorm, WeightAction, WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,9 @@ def make_compute(config: TrainNetworkConfig) -> Compute:
         logger.info("--mixed_precision not given: using %s", precision)
     if precision not in _DTYPES:
         raise UserError(f"mixed precision {precision!r}: expected one of {', '.join(_DTYPES)}; use --mixed_precision")
+    for name, asked in (("fp16", config.precision.full_fp16), ("bf16", config.precision.full_bf16)):
+        if asked and precision != name:
+            raise UserError(f"--full_{name} needs --mixed_precision {name}; this run computes with {precision}")
     accelerator = Accelerator(
         mixed_precision="no",  # dtypes are set here, tensor by tensor; autocast would only add casts
         log_with=tracker_names(config.tracking) or None,
@@ -124,6 +129,8 @@ def load_model(
     )
     if settings.network_weights is not None:
         network.load_weights(settings.network_weights)
+    if config.precision.full_fp16 or config.precision.full_bf16:
+        network.to(dtype=compute.dtype)
     network.train()
     return transformer, network
 
@@ -146,31 +153,47 @@ def parameter_names(network: LoRANetwork, optimizer: torch.optim.Optimizer) -> l
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def loop_settings(
-    config: TrainNetworkConfig, loader: BatchLoader, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> LoopSettings:
+def run_schedule(config: TrainNetworkConfig, loader: BatchLoader, accelerator: Accelerator) -> ScheduleSettings:
+    """The run's length and what its schedule is made from."""
     settings = config.optimizer
-    world = accelerator.num_processes
-    updates = math.ceil(loader.batches_per_epoch(world) / settings.gradient_accumulation_steps)
+    updates = math.ceil(loader.batches_per_epoch(accelerator.num_processes) / settings.gradient_accumulation_steps)
     total = settings.max_train_steps
     if settings.max_train_epochs is not None:
         total = settings.max_train_epochs * updates
+    return schedule_settings(settings, total)
+
+
+def loop_settings(
+    config: TrainNetworkConfig,
+    schedule: ScheduleSettings,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> LoopSettings:
+    settings = config.optimizer
     return LoopSettings(
-        total_steps=total,
+        total_steps=schedule.total_steps,
         accumulation=settings.gradient_accumulation_steps,
         max_grad_norm=settings.max_grad_norm,
-        lr_scheduler=settings.lr_scheduler,
-        schedule=ScheduleSettings(
-            total_steps=total,
-            warmup_steps=resolve_steps(settings.lr_warmup_steps, total),
-            num_cycles=settings.lr_scheduler_num_cycles,
-            min_lr_ratio=settings.lr_scheduler_min_lr_ratio,
-        ),
-        # Taken before a resumed state overwrites them: the flags of this run rule.
-        base_lrs=tuple(group["lr"] for group in optimizer.param_groups),
+        lr_plan=make_plan(settings, schedule, optimizer),
         rank=accelerator.process_index,
-        world_size=world,
+        world_size=accelerator.num_processes,
     )
+
+
+def weight_average(config: TrainNetworkConfig, network: LoRANetwork) -> WeightAverage | None:
+    settings = config.network
+    if settings.ema_decay is None:
+        return None
+    return WeightAverage(network, settings.ema_decay, settings.ema_update_every)
+
+
+def weight_actions(
+    config: TrainNetworkConfig, network: LoRANetwork, average: WeightAverage | None
+) -> list[WeightAction]:
+    """What happens to the weights after each step: the limit first, so that the average is of limited weights."""
+    limit = config.network.scale_weight_norms
+    actions: list[WeightAction] = [] if limit is None else [MaxNorm(network, limit)]
+    return actions if average is None else [*actions, average]
 
 
 def level_sampler(config: TrainNetworkConfig, version: str) -> NoiseLevelSampler:
@@ -240,10 +263,19 @@ def audio_watch(config: TrainNetworkConfig) -> AudioWatch:
     return AudioWatch(config.loss.audio_loss_weight, balance, supervision)
 
 
+class _Scaler(torch.amp.GradScaler):
+    """Also unscales gradients that are fp16 themselves (``--full_fp16``)."""
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
+    ) -> dict[torch.device, torch.Tensor]:
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+
+
 def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | None:
     if compute.mixed_precision != "fp16":
         return None
-    scaler = torch.amp.GradScaler(compute.device.type)
+    scaler = _Scaler(compute.device.type)
     if progress.scaler:
         scaler.load_state_dict(progress.scaler)
     return scaler
@@ -251,9 +283,48 @@ def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | 
 
 def check_choices(config: TrainNetworkConfig) -> None:
     """Raise UserError for a wrong optimizer, schedule, network option or LoRA file before anything is loaded."""
-    settings = config.optimizer
-    optimizer_class(settings.optimizer_type)
-    lr_factor(settings.lr_scheduler, 0, ScheduleSettings(1, min_lr_ratio=settings.lr_scheduler_min_lr_ratio))
-    network_options(config)
+    _check_optimizer(config)
     if config.network.network_weights is not None:
         LoraReader(config.network.network_weights)  # says what is wrong with the file
+
+
+def _check_optimizer(config: TrainNetworkConfig) -> None:
+    """Make optimizer and schedule for stand-ins of the groups that the flags may give."""
+    settings, network = config.optimizer, config.network
+    ratio = network_options(config).get("loraplus_lr_ratio")
+    rates = flag_rates(settings.learning_rate, settings.audio_lr, settings.lr_args, ratio)
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(8, 4))], "lr": rate, "label": str(index)}
+        for index, rate in enumerate(rates)
+    ]
+    optimizer = create_optimizer(settings.optimizer_type, groups, settings.optimizer_args)
+    # The length of the run is known only with the data; a schedule is tried again then.
+    schedule = schedule_settings(replace(settings, lr_warmup_steps=0, lr_decay_steps=0), total_steps=1)
+    make_plan(settings, schedule, optimizer)
+    if is_schedule_free(optimizer) and (network.ema_decay is not None or network.scale_weight_norms is not None):
+        raise UserError(
+            f"--optimizer_type {settings.optimizer_type} averages the weights itself; leave out --ema_decay and "
+            "--scale_weight_norms"
+        )
+
+
+def warn_of_rates(config: TrainNetworkConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Say which flags of the schedule an optimizer has no use for."""
+    settings = config.optimizer
+    asked = settings.lr_scheduler_type or settings.lr_scheduler
+    scheduled = asked not in ("constant", "adafactor") or settings.lr_warmup_steps
+    if is_schedule_free(optimizer) and scheduled:
+        logger.warning(
+            "--optimizer_type %s needs no schedule: --lr_scheduler and --lr_warmup_steps have no effect; for a warm-up "
+            "use --optimizer_args warmup_steps=N",
+            settings.optimizer_type,
+        )
+    elif sets_own_rates(optimizer) and scheduled:
+        logger.warning(
+            "Adafactor with relative_step sets its own rates: --lr_scheduler and --lr_warmup_steps have no effect; "
+            "to use them give --optimizer_args relative_step=False"
+        )
+    elif settings.lr_scheduler_type and settings.lr_warmup_steps:
+        logger.warning("--lr_scheduler_type %s takes no --lr_warmup_steps", settings.lr_scheduler_type)
+    elif asked in ("constant", "piecewise_constant") and settings.lr_warmup_steps:
+        logger.warning("--lr_scheduler %s has no warm-up; use constant_with_warmup", asked)

@@ -15,6 +15,7 @@ from musubi_tuner.diffusion.losses import LossTerm
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
 from musubi_tuner.training import trainer as trainer_module
 from musubi_tuner.training.audio_watch import AudioWatch
+from musubi_tuner.training.lr_plan import FactorPlan
 from musubi_tuner.training.lr_schedulers import ScheduleSettings
 from musubi_tuner.training.state import Progress
 from musubi_tuner.training.step import TaskSettings
@@ -76,12 +77,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_view", lambda self, batch, epoch: batch)
 
 
-def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=None, lr=0.1, watch=None):
+def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=None, lr=0.1, watch=None, actions=()):
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     task = TaskSettings(NoiseLevelSampler(), seed=0, device=torch.device("cpu"), dtype=torch.float32)
-    loop = LoopSettings(steps, accumulation, 0.0, "constant", ScheduleSettings(steps), (lr,))
+    loop = LoopSettings(steps, accumulation, 0.0, FactorPlan("constant", ScheduleSettings(steps), (lr,)))
     recorder = Recorder()
     Trainer(
         model,
@@ -94,6 +95,7 @@ def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=
         [recorder],
         scaler,
         watch or AudioWatch(),
+        actions,
     ).run()
     return model.weight.item(), recorder
 
@@ -171,3 +173,21 @@ def test_too_little_sound_ends_the_run_when_it_should():
     with pytest.raises(UserError, match="2 of 4 training batches"):
         run([View(1.0, audio=1.0), View(1.0)] * 9, steps=9, watch=watch, progress=progress)
     assert progress.global_step == 3
+
+
+def test_weight_actions_run_once_after_each_step_that_was_made():
+    """Not after a micro-batch, not after a dropped step."""
+    calls = []
+
+    def action(step: int) -> dict[str, float]:
+        calls.append(step)
+        return {"max_norm/keys_scaled": float(step)}
+
+    views = [View(1.0), View(1.0), View(float("nan")), View(1.0), View(1.0), View(1.0)]
+    _, recorder = run(views, steps=3, accumulation=2, actions=[action])
+    assert calls == [1, 3]
+    assert [dict(r.scalars) for r in recorder.reports] == [
+        {"max_norm/keys_scaled": 1.0},
+        {},
+        {"max_norm/keys_scaled": 3.0},
+    ]

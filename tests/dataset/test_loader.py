@@ -1,4 +1,7 @@
+import gc
+import multiprocessing
 import pickle
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -119,18 +122,50 @@ def test_resuming_within_an_epoch_reads_only_what_is_left(cached: TrainingSet, m
     assert list(loader.epoch(5, start=len(whole))) == []
 
 
-def test_processes_share_an_epoch_without_duplicates(cached: TrainingSet) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 4, 5, 6])
+def test_processes_share_an_epoch_without_duplicates_or_gaps(cached: TrainingSet, world_size: int) -> None:
     loader = BatchLoader(BatchPlan(cached, seed=3))
-    total = loader.batches_per_epoch()
-    shares = [[b.keys for b in loader.epoch(1, rank=rank, world_size=4)] for rank in range(4)]
-    assert {len(share) for share in shares} == {total // 4}
-    keys = [k for share in shares for k in share]
-    assert len(set(keys)) == len(keys)
-    assert list(zip(*shares, strict=True)) == list(
-        zip(*[iter([b.keys for b in loader.epoch(1)][: total // 4 * 4])] * 4, strict=True)
-    )
-    with pytest.raises(UserError, match="fewer than the 16 processes"):
-        loader.batches_per_epoch(16)
+    whole = [b.keys for b in loader.epoch(1)]
+    shares = [[b.keys for b in loader.epoch(1, rank=r, world_size=world_size)] for r in range(world_size)]
+    assert [keys for turn in zip_longest(*shares) for keys in turn if keys is not None] == whole
+    assert max(map(len, shares)) == loader.batches_per_epoch(world_size) <= min(map(len, shares)) + 1
+    rest = [b.keys for b in loader.epoch(1, start=1, rank=world_size - 1, world_size=world_size)]
+    assert rest == shares[-1][1:]
+
+
+def test_fewer_batches_than_processes_are_refused(cached: TrainingSet) -> None:
+    with pytest.raises(UserError, match="6 batches an epoch, fewer than the 16 processes"):
+        BatchLoader(BatchPlan(cached, seed=3)).batches_per_epoch(16)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cpus", "given"),
+    [(8, 2, 2), (8, 64, 6), (3, 64, 3), (0, 64, 0), (8, None, 1)],
+    ids=["CPUs", "batches", "flag", "none", "CPUs unknown"],
+)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_number_of_workers(cached: TrainingSet, monkeypatch, asked: int, cpus: int | None, given: int) -> None:
+    monkeypatch.setattr("musubi_tuner.dataset.loader.os.cpu_count", lambda: cpus)
+    plan = BatchPlan(cached, seed=3)
+    assert len(plan) == 6
+    loader = BatchLoader(plan, workers=asked, persistent=True)._loader
+    assert loader.num_workers == given
+    assert loader.prefetch_factor == (2 if given else None)
+    assert loader.persistent_workers == (given > 0)
+
+
+def test_persistent_workers_stay_and_others_do_not(cached: TrainingSet) -> None:
+    for persistent in (True, False):
+        loader = BatchLoader(BatchPlan(cached, seed=3), workers=1, persistent=persistent)
+        processes = set()
+        for epoch in range(2):
+            batches = loader.epoch(epoch)
+            next(batches)
+            processes |= {child.pid for child in multiprocessing.active_children()}
+            list(batches)
+        assert len(processes) == (1 if persistent else 2)
+        del loader, batches
+        gc.collect()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

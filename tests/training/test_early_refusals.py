@@ -13,6 +13,16 @@ REFUSED = {
     "floor": (["--lr_scheduler", "cosine_with_min_lr"], "--lr_scheduler_min_lr_ratio"),
     "optimizer": (["--optimizer_type", "AdamWW"], "torch.optim has no class AdamWW"),
     "network option": (["--network_args", "loraplus"], "expected key=value, got 'loraplus'"),
+    "quota of sound": (
+        ["--min_audio_batches_per_accum", "3", "--gradient_accumulation_steps", "2"],
+        "--min_audio_batches_per_accum 3: expected at most --gradient_accumulation_steps (2)",
+    ),
+    "negative quota": (["--min_audio_batches_per_accum", "-1"], "--min_audio_batches_per_accum: expected 0 or more"),
+    "probability of sound": (["--audio_batch_probability", "1.5"], "--audio_batch_probability: expected 0 to 1, got 1"),
+    "both samplers": (
+        ["--min_audio_batches_per_accum", "1", "--audio_batch_probability", "0"],
+        "--min_audio_batches_per_accum and --audio_batch_probability exclude each other",
+    ),
     "rotation": (["--save_every_n_steps", "5", "--save_last_n_steps", "0"], "--save_last_n_steps: expected at least 1"),
 }
 

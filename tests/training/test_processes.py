@@ -29,19 +29,31 @@ def arguments(assets, output: Path, *extra: str) -> list[str]:
 
 
 def test_two_processes_equal_one_that_accumulates_two_batches(cached_demo, tmp_path: Path):
-    """One clip of four has no sound: in its step the processes report different losses, and must not hang."""
+    """Of three clips one has no sound, and an epoch cannot be shared evenly.
+
+    In some steps the processes report different losses, in others one of them has nothing to train on; they must not
+    hang. The quota of batches with sound is one of the step, and so the same for both.
+    """
     shutil.copytree(cached_demo().checkpoint.parent, tmp_path / "assets")
     assets = asset_paths(tmp_path / "assets")
-    next(assets.checkpoint.parent.glob("cache/*_audio.safetensors")).unlink()
+    caches = assets.checkpoint.parent / "cache"
+    sounds = sorted(caches.glob("*_audio.safetensors"))
+    sounds[0].unlink()
+    (caches / sounds[1].name.replace("_audio", "")).unlink()
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    one = [sys.executable, str(SCRIPT), *arguments(assets, tmp_path / "one", "--gradient_accumulation_steps", "2")]
+    quota = ("--min_audio_batches_per_accum", "1")
+    one = [
+        *(sys.executable, str(SCRIPT)),
+        *arguments(assets, tmp_path / "one", *quota, "--gradient_accumulation_steps", "2"),
+    ]
     two = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        *(str(SCRIPT), *arguments(assets, tmp_path / "two")),
+        *(str(SCRIPT), *arguments(assets, tmp_path / "two", *quota)),
     ]
     for command in (one, two):
         done = subprocess.run(command, env=environment, timeout=150, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert "sound in the first epoch: 2 of 3 batches (67%), 2 of 3 samples (67%)" in done.stderr
     first, second = (load_file(tmp_path / run / "x-state/network.safetensors") for run in ("one", "two"))
     assert first.keys() == second.keys()
     progress = [

@@ -17,6 +17,7 @@ from musubi_tuner.training import trainer as trainer_module
 from musubi_tuner.training.audio_watch import AudioWatch
 from musubi_tuner.training.lr_plan import FactorPlan
 from musubi_tuner.training.lr_schedulers import ScheduleSettings
+from musubi_tuner.training.setup import Compute, make_scaler
 from musubi_tuner.training.state import Progress
 from musubi_tuner.training.step import TaskSettings
 from musubi_tuner.training.supervision import SupervisionSettings
@@ -121,6 +122,29 @@ def test_a_batch_that_reaches_nothing_trained_does_not_stop_the_run(scaled: bool
     weight, recorder = run([View(None, audio=5.0), View(1.0)], steps=2, scaler=scaler)
     assert [r.stepped for r in recorder.reports] == [False, True]
     assert weight == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_process_without_a_batch_takes_part_in_the_step(monkeypatch: pytest.MonkeyPatch, precision: str):
+    """Its own loader is empty, the gradients and losses of another process arrive."""
+    scaler = make_scaler(Compute(None, torch.device("cpu"), torch.float32, precision), Progress(seed=0))
+    arriving = scaler.get_scale() if scaler else 1.0
+
+    def average(parameters):
+        assert all(p.grad is None for p in parameters)
+        for p in parameters:
+            p.grad = torch.full_like(p, 0.5 * arriving)
+
+    other = torch.tensor([[3.0, 3.0, 0.0, 0.5], [1.0, 1.0, 0.0, 1.0]])
+    monkeypatch.setattr(trainer_module, "average_gradients", average)
+    monkeypatch.setattr(trainer_module, "sum_over_processes", lambda own: own + other)
+    monkeypatch.setattr(Loader, "batches_per_epoch", lambda self, world_size: 1)
+    weight, recorder = run([], steps=2, scaler=scaler)
+    assert recorder.positions == [(1, 1, 0), (2, 2, 0)]
+    assert [(r.loss, r.losses, r.num_tokens, r.stepped) for r in recorder.reports] == [
+        (3.0, {"video": 3.0}, 0, True)
+    ] * 2
+    assert weight == pytest.approx(1 - 2 * 0.1 * 0.5)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

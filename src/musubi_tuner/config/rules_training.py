@@ -153,6 +153,25 @@ def mode_fits(config: TrainNetworkConfig) -> Iterable[str]:
             yield f"--{name} needs --ltx2_mode {' or '.join(modes)}, got {mode}"
 
 
+def audio_batches(config: TrainNetworkConfig) -> Iterable[str]:
+    """How batches with sound are spread."""
+    quota, probability = config.data.min_audio_batches_per_accum, config.data.audio_batch_probability
+    accumulation = config.optimizer.gradient_accumulation_steps
+    if quota < 0:
+        yield f"--min_audio_batches_per_accum: expected 0 or more, got {quota}"
+    elif quota > accumulation:
+        yield (
+            f"--min_audio_batches_per_accum {quota}: expected at most --gradient_accumulation_steps ({accumulation}); "
+            "lower it, or accumulate more batches"
+        )
+    if probability is None:
+        return
+    if not 0 <= probability <= 1:
+        yield f"--audio_batch_probability: expected 0 to 1, got {probability}"
+    if quota != 0:
+        yield "--min_audio_batches_per_accum and --audio_batch_probability exclude each other; give one of them"
+
+
 def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     """Flags that exclude or need each other."""
     gemma, preview, save = config.gemma, config.preview, config.save
@@ -178,11 +197,20 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
         yield f"--log_with {config.tracking.log_with} needs --logging_dir"
 
 
+_RULES = (
+    required,
+    unavailable,
+    ranges,
+    optimizer_ranges,
+    audio_balance,
+    mode_fits,
+    audio_batches,
+    combinations,
+    optimizer_combinations,
+)
+
+
 def all_rules(parsed: Any) -> list[str]:
     """Every violation, in the order of the rules above."""
     config: TrainNetworkConfig = parsed.config
-    rules = (
-        *(required, unavailable, ranges, optimizer_ranges, audio_balance),
-        *(mode_fits, combinations, optimizer_combinations),
-    )
-    return [v for rule in rules for v in rule(config)]
+    return [v for rule in _RULES for v in rule(config)]

@@ -54,6 +54,12 @@ class DataConfig:
     separate_audio_buckets: bool | None = flag(None, "keep items with and without sound in separate batches")
     audio_bucket_strategy: Literal["pad", "truncate"] | None = flag(None, "bring audio lengths of a bucket together")
     audio_bucket_interval: float | None = flag(None, "step of the audio length buckets, seconds")
+    min_audio_batches_per_accum: int = flag(
+        0, "batches with sound in every optimizer step at least, over all processes, while they last; 0 = off"
+    )
+    audio_batch_probability: float | None = flag(
+        None, "probability that the next batch is one with sound, while there are both kinds (not given: off)"
+    )
     audio_only_sequence_resolution: int = flag(
         64, "mode audio: side of the virtual video for the timestep shift; 0 = as cached"
     )

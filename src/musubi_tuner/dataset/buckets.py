@@ -36,14 +36,15 @@ def bucket_sizes(resolution: Size, step: int = SPATIAL_STRIDE) -> tuple[Size, ..
     """All buckets of about the area of ``resolution``, sorted.
 
     Widths run from half the side of the equal-area square up to that side, heights follow from the area, and
-    each pair is taken both ways. Sides are multiples of ``step``.
+    each pair is taken both ways. Sides are multiples of ``step``; an area below ``step`` squared has none.
     """
     area = resolution[0] * resolution[1]
     side = math.isqrt(area)
     sizes: set[Size] = set()
-    for width in range(floor_to(side // 2, step), side + step, step):
+    for width in range(max(floor_to(side // 2, step), step), side + step, step):
         height = floor_to(area // width, step)
-        sizes |= {(width, height), (height, width)}
+        if height:
+            sizes |= {(width, height), (height, width)}
     return tuple(sorted(sizes))
 
 

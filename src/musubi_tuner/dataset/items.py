@@ -64,6 +64,10 @@ class CachedItem:
     legacy_text_width: int | None = None
     made_by: MadeBy = MadeBy()
 
+    @property
+    def has_sound(self) -> bool:
+        return self.audio_steps > 0
+
 
 @dataclass(frozen=True)
 class CachedDataset:

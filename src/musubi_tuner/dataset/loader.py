@@ -46,32 +46,27 @@ class BatchLoader:
         )
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
-        """Batches that each process gets in one epoch.
-
-        The processes must step together, so up to ``world_size - 1`` batches of an epoch are left out; the
-        shuffle makes it others in each epoch.
+        """Batches of one epoch for the process that gets most; where they cannot be shared evenly, others get one less.
 
         Raises:
             UserError: fewer batches than processes.
         """
-        count = len(self.plan) // world_size
-        if count == 0:
+        if len(self.plan) < world_size:
             raise UserError(
                 f"the datasets give {len(self.plan)} batches an epoch, fewer than the {world_size} processes; "
                 "raise num_repeats, lower batch_size or use fewer processes"
             )
-        return count
+        return -(-len(self.plan) // world_size)
 
     def epoch(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """The batches of ``epoch`` for one process, from its batch ``start`` on; skipped ones are not read.
 
-        Over all ranks every batch comes at most once.
+        The processes are dealt the batches in turn; over all of them every batch comes once.
 
         Raises:
             UserError: a cache file is missing or damaged.
         """
-        count = self.batches_per_epoch(world_size)
-        self._order.specs = self.plan.for_epoch(epoch)[rank : count * world_size : world_size][start:]
+        self._order.specs = self.plan.for_epoch(epoch)[rank + start * world_size :: world_size]
         for result in self._loader:
             if isinstance(result, _Failure):
                 raise UserError(result.message)

@@ -14,6 +14,7 @@ import torch
 
 from musubi_tuner.common.seeding import generator
 
+from .audio_mixing import AudioMixing, shuffled
 from .buckets import quantize_audio_length
 from .items import CachedDataset, CachedItem, TrainingSet
 
@@ -35,6 +36,16 @@ class _Bucket:
     audio_steps: int | None
 
 
+@dataclass(frozen=True)
+class SoundCount:
+    """How much of an epoch has sound. A batch counts when at least one of its samples has."""
+
+    batches: int
+    audio_batches: int
+    samples: int
+    audio_samples: int
+
+
 class BatchPlan:
     """The batches of every epoch.
 
@@ -42,12 +53,16 @@ class BatchPlan:
         training_set: the items.
         seed: of the run.
         shuffle: ``False`` keeps the order of the files (validation).
+        mixing: how batches with sound are spread over a shuffled epoch; ``None`` treats all batches alike.
     """
 
-    def __init__(self, training_set: TrainingSet, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(
+        self, training_set: TrainingSet, seed: int, *, shuffle: bool = True, mixing: AudioMixing | None = None
+    ) -> None:
         self.training_set = training_set
         self.seed = seed
         self.shuffle = shuffle
+        self.mixing = mixing
         self._buckets = [_buckets(dataset) for dataset in training_set.datasets]
 
     def __len__(self) -> int:
@@ -69,12 +84,33 @@ class BatchPlan:
                     BatchSpec(position, tuple(samples[first : first + dataset.batch_size]), bucket.audio_steps)
                     for first in range(0, len(samples), dataset.batch_size)
                 ]
-        return self._shuffled(specs, generator(self.seed, "batch order", epoch))
+        specs = self._shuffled(specs, generator(self.seed, "batch order", epoch))
+        if self.mixing is None or not self.shuffle:
+            return specs
+        # Which batches have sound is asked of the batches: without separate buckets the shuffle decides it anew.
+        audio = [spec for spec in specs if self.has_sound(spec)]
+        others = [spec for spec in specs if not self.has_sound(spec)]
+        return self.mixing.order(audio, others, generator(self.seed, "audio mixing", epoch))
+
+    def has_sound(self, spec: BatchSpec) -> bool:
+        """Whether at least one item of the batch has sound."""
+        items = self.training_set.datasets[spec.dataset].items
+        return any(items[position].has_sound for position, _ in spec.samples)
+
+    def count_sound(self, epoch: int) -> SoundCount:
+        """How many batches and samples of ``epoch`` have sound."""
+        specs = self.for_epoch(epoch)
+        datasets = self.training_set.datasets
+        samples = [datasets[spec.dataset].items[position] for spec in specs for position, _ in spec.samples]
+        return SoundCount(
+            batches=len(specs),
+            audio_batches=sum(self.has_sound(spec) for spec in specs),
+            samples=len(samples),
+            audio_samples=sum(item.has_sound for item in samples),
+        )
 
     def _shuffled(self, values: list | tuple, random: torch.Generator) -> list:
-        if not self.shuffle:
-            return list(values)
-        return [values[i] for i in torch.randperm(len(values), generator=random).tolist()]
+        return shuffled(values, random) if self.shuffle else list(values)
 
 
 def _buckets(dataset: CachedDataset) -> list[_Bucket]:
@@ -93,7 +129,7 @@ def bucket_key(dataset: CachedDataset, item: CachedItem) -> Hashable:
     return (
         item.grid,
         item.text_tokens,
-        item.audio_steps > 0 if dataset.separate_audio_buckets else None,
+        item.has_sound if dataset.separate_audio_buckets else None,
         _audio_bucket(dataset, item) if dataset.kind == "audio" else None,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from musubi_tuner.common.av import AV
@@ -14,6 +15,10 @@ from musubi_tuner.dataset.sampling import BatchPlan
 from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.config import TransformerConfig
+
+from .audio_batches import audio_mixing, report_sound
+
+logger = logging.getLogger(__name__)
 
 
 def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetworkConfig]:
@@ -38,12 +43,13 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
 
 
 def make_loader(
-    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int
+    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int, world_size: int
 ) -> BatchLoader:
     """Batches of the cached items.
 
     Raises:
         ConfigErrors: no items, or caches that another checkpoint, mode or configuration made.
+        UserError: batches with sound are asked for, and there are none.
     """
     mode = config.checkpoint.ltx2_mode
     widths = text_widths(checkpoint)
@@ -65,7 +71,10 @@ def make_loader(
         ),
         text_widths=widths,
     )
-    plan = BatchPlan(training_set, seed)
+    plan = BatchPlan(training_set, seed, mixing=audio_mixing(config, world_size))
+    report_sound(plan, mode)
+    if config.data.persistent_data_loader_workers and config.data.max_data_loader_n_workers == 0:
+        logger.warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
     return BatchLoader(
         plan,
         workers=config.data.max_data_loader_n_workers,

@@ -58,7 +58,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     resumed = find_resumed(config)
     compute = make_compute(config)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
-    loader = make_loader(config, datasets, checkpoint, seed=progress.seed)
+    world_size = compute.accelerator.num_processes
+    loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size)
     schedule = run_schedule(config, loader, compute.accelerator)
     _warn_of_defaults(config, explicit, progress)
 

@@ -278,6 +278,8 @@ def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | 
     scaler = _Scaler(compute.device.type)
     if progress.scaler:
         scaler.load_state_dict(progress.scaler)
+    # It makes its scale on first use. A process whose first step has nothing to scale unscales the others' gradients.
+    scaler.scale(torch.zeros((), device=compute.device))
     return scaler
 
 

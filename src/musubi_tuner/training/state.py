@@ -43,8 +43,8 @@ class Progress:
     seed: int
     global_step: int = 0
     epoch: int = 0  # 0-based epoch that the next batch belongs to
-    batch_in_epoch: int = 0  # batches of that epoch that each process has trained on
-    batches_per_epoch: int = 0  # of each process
+    batch_in_epoch: int = 0  # batches of that epoch that each process has been dealt
+    batches_per_epoch: int = 0  # of the process that gets most
     skipped_steps: int = 0  # optimizer steps dropped for a non-finite loss or gradient
     epoch_losses: list[float] = field(default_factory=list)  # latest loss of each in-epoch step
     epoch_loss_index: int = 0

@@ -135,7 +135,10 @@ class Trainer:
         batches = self.loader.epoch(epoch, start=start, rank=self.loop.rank, world_size=self.loop.world_size)
         views = Lookahead(self._view(batch, epoch) for batch in batches)
         num_batches = state.batches_per_epoch
-        for window in windows(views, self.loop.accumulation):
+        while state.epoch == epoch and state.global_step < self.loop.total_steps:
+            # Where the processes cannot share an epoch evenly, a process may get an empty last window. It takes part in
+            # the step all the same: the others wait for it.
+            window = itertools.islice(views, self.loop.accumulation)
             report = self._optimizer_step(window, epoch, prepare_next=views.prepare)
             state.batch_in_epoch = min(state.batch_in_epoch + self.loop.accumulation, num_batches)
             bar.set_postfix(self._postfix(report), refresh=False)
@@ -146,8 +149,6 @@ class Trainer:
                 state.epoch, state.batch_in_epoch, state.epoch_loss_index = epoch + 1, 0, 0
             for listener in self.listeners:
                 listener.on_step(report, state)
-            if state.global_step >= self.loop.total_steps:
-                break
         if state.epoch > epoch:
             for listener in self.listeners:
                 listener.on_epoch_end(epoch, state)
@@ -273,22 +274,6 @@ class Trainer:
             if value is not None:
                 shown[short] = f"{value:.3f}"
         return shown
-
-
-def windows(views: Iterable[T], size: int) -> Iterator[Iterator[T]]:
-    """Consecutive groups of up to ``size``; each group must be used up before the next is asked for."""
-    source = iter(views)
-
-    def rest(first: T) -> Iterator[T]:
-        yield first
-        for _ in range(size - 1):
-            try:
-                yield next(source)
-            except StopIteration:
-                return
-
-    for first in source:
-        yield rest(first)
 
 
 class Lookahead(Iterator[T]):

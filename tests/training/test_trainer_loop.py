@@ -135,7 +135,9 @@ def test_a_process_without_a_batch_takes_part_in_the_step(monkeypatch: pytest.Mo
         for p in parameters:
             p.grad = torch.full_like(p, 0.5 * arriving)
 
-    other = torch.tensor([[3.0, 3.0, 0.0, 0.5], [1.0, 1.0, 0.0, 1.0]])
+    sums = {"loss": 3.0, "video": 3.0, "grad_norm": 0.5}
+    names = [*trainer_module._LOSSES, "grad_norm"]
+    other = torch.tensor([[sums.get(n, 0.0) for n in names], [float(n in sums) for n in names]])
     monkeypatch.setattr(trainer_module, "average_gradients", average)
     monkeypatch.setattr(trainer_module, "sum_over_processes", lambda own: own + other)
     monkeypatch.setattr(Loader, "batches_per_epoch", lambda self, world_size: 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
 from .rules_optimizer import optimizer_combinations, optimizer_ranges
+from .rules_references import references
 from .training import TrainNetworkConfig
 
 # Flags of the usual commands whose work arrives with the memory features.
@@ -205,6 +206,7 @@ _RULES = (
     audio_balance,
     mode_fits,
     audio_batches,
+    references,
     combinations,
     optimizer_combinations,
 )

@@ -18,6 +18,7 @@ from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
 from .lr_schedulers import ScheduleSettings
 from .metadata import RunFacts
+from .references import reference_downscale
 from .setup import Compute
 from .state import Progress
 from .step import TaskSettings
@@ -55,6 +56,10 @@ def run_facts(
         optimizer=f"{type(optimizer).__module__}.{type(optimizer).__name__}({options})",
         mixed_precision=compute.mixed_precision,
         datasets=_describe_datasets(loader),
+        reference_downscale=reference_downscale(loader.plan.training_set),
+        num_with_reference=sum(
+            item.reference is not None or item.reference_audio is not None for item in loader.plan.training_set.items()
+        ),
     )
 
 
@@ -69,19 +74,27 @@ def report_plan(
     rate = config.optimizer.learning_rate
     _log_training_plan(
         network,
-        mode=config.checkpoint.ltx2_mode,
+        # The voice of a recording is learnt by the modules of sound, also where video is generated beside it.
+        mode="audio" if config.references.ic_lora_strategy == "audio_ref_only_ic" else config.checkpoint.ltx2_mode,
         facts={
             "model": f"LTX-{facts.version}, {config.checkpoint.ltx2_mode}, {format_bytes(base_bytes)} frozen",
             "precision": facts.mixed_precision,
             "optimizer": facts.optimizer.partition("(")[0],
             "learning rate": f"{rate:g}, {loop.lr_plan.name}, {facts.warmup_steps} warm-up steps",
             "items": facts.num_items,
+            **_reference_facts(config, facts),
             "batches an epoch": facts.batches_per_epoch,
             "steps": f"{facts.max_train_steps} of {loop.accumulation} x {loop.world_size} batches",
             "epochs": facts.num_epochs,
             "seed": facts.seed,
         },
     )
+
+
+def _reference_facts(config: TrainNetworkConfig, facts: RunFacts) -> dict[str, object]:
+    strategy = config.references.ic_lora_strategy
+    size = f", downscale {facts.reference_downscale}" if strategy == "v2v" else ""
+    return {} if strategy == "none" else {"references": f"{strategy}, {facts.num_with_reference} items{size}"}
 
 
 def _describe_datasets(loader: BatchLoader) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -28,19 +28,18 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
-from musubi_tuner.networks.param_groups import flag_rates, param_groups
 from musubi_tuner.networks.resolve import resolve_network_module
 
 from .audio_watch import AudioWatch
 from .lr_plan import make_plan, schedule_settings
 from .lr_schedulers import ScheduleSettings
-from .optimizers import create_optimizer, is_schedule_free, sets_own_rates
+from .optimization import check_optimizer
+from .references import audio_reference_rules
 from .state import Progress
 from .step import TaskSettings
 from .supervision import SupervisionSettings
 from .tracking import log_folder, tracker_names
 from .trainer import LoopSettings
-from .weights import MaxNorm, WeightAction, WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -135,24 +134,6 @@ def load_model(
     return transformer, network
 
 
-def make_optimizer(config: TrainNetworkConfig, network: LoRANetwork) -> torch.optim.Optimizer:
-    settings = config.optimizer
-    groups = param_groups(
-        network,
-        settings.learning_rate,
-        settings.audio_lr,
-        settings.lr_args,
-        loraplus_lr_ratio=network.args.loraplus_lr_ratio,
-    )
-    return create_optimizer(settings.optimizer_type, groups, settings.optimizer_args)
-
-
-def parameter_names(network: LoRANetwork, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the optimizer's parameters, in the order of its groups."""
-    names = {id(p): n for n, p in network.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
 def run_schedule(config: TrainNetworkConfig, loader: BatchLoader, accelerator: Accelerator) -> ScheduleSettings:
     """The run's length and what its schedule is made from."""
     settings = config.optimizer
@@ -178,22 +159,6 @@ def loop_settings(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-
-
-def weight_average(config: TrainNetworkConfig, network: LoRANetwork) -> WeightAverage | None:
-    settings = config.network
-    if settings.ema_decay is None:
-        return None
-    return WeightAverage(network, settings.ema_decay, settings.ema_update_every)
-
-
-def weight_actions(
-    config: TrainNetworkConfig, network: LoRANetwork, average: WeightAverage | None
-) -> list[WeightAction]:
-    """What happens to the weights after each step: the limit first, so that the average is of limited weights."""
-    limit = config.network.scale_weight_norms
-    actions: list[WeightAction] = [] if limit is None else [MaxNorm(network, limit)]
-    return actions if average is None else [*actions, average]
 
 
 def level_sampler(config: TrainNetworkConfig, version: str) -> NoiseLevelSampler:
@@ -231,6 +196,7 @@ def task_settings(
         first_frame_p=loss.ltx2_first_frame_conditioning_p,
         caption_dropout_rate=loss.caption_dropout_rate,
         independent_audio_timestep=config.timestep.independent_audio_timestep,
+        audio_reference=audio_reference_rules(config),
         level_pool=None if buckets is None else LevelPool(seed, buckets, samples),
         silence_weight=config.audio_loss.audio_silence_regularizer_weight
         if config.audio_loss.audio_silence_regularizer
@@ -285,48 +251,6 @@ def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | 
 
 def check_choices(config: TrainNetworkConfig) -> None:
     """Raise UserError for a wrong optimizer, schedule, network option or LoRA file before anything is loaded."""
-    _check_optimizer(config)
+    check_optimizer(config.optimizer, config.network, network_options(config).get("loraplus_lr_ratio"))
     if config.network.network_weights is not None:
         LoraReader(config.network.network_weights)  # says what is wrong with the file
-
-
-def _check_optimizer(config: TrainNetworkConfig) -> None:
-    """Make optimizer and schedule for stand-ins of the groups that the flags may give."""
-    settings, network = config.optimizer, config.network
-    ratio = network_options(config).get("loraplus_lr_ratio")
-    rates = flag_rates(settings.learning_rate, settings.audio_lr, settings.lr_args, ratio)
-    groups = [
-        {"params": [torch.nn.Parameter(torch.zeros(8, 4))], "lr": rate, "label": str(index)}
-        for index, rate in enumerate(rates)
-    ]
-    optimizer = create_optimizer(settings.optimizer_type, groups, settings.optimizer_args)
-    # The length of the run is known only with the data; a schedule is tried again then.
-    schedule = schedule_settings(replace(settings, lr_warmup_steps=0, lr_decay_steps=0), total_steps=1)
-    make_plan(settings, schedule, optimizer)
-    if is_schedule_free(optimizer) and (network.ema_decay is not None or network.scale_weight_norms is not None):
-        raise UserError(
-            f"--optimizer_type {settings.optimizer_type} averages the weights itself; leave out --ema_decay and "
-            "--scale_weight_norms"
-        )
-
-
-def warn_of_rates(config: TrainNetworkConfig, optimizer: torch.optim.Optimizer) -> None:
-    """Say which flags of the schedule an optimizer has no use for."""
-    settings = config.optimizer
-    asked = settings.lr_scheduler_type or settings.lr_scheduler
-    scheduled = asked not in ("constant", "adafactor") or settings.lr_warmup_steps
-    if is_schedule_free(optimizer) and scheduled:
-        logger.warning(
-            "--optimizer_type %s needs no schedule: --lr_scheduler and --lr_warmup_steps have no effect; for a warm-up "
-            "use --optimizer_args warmup_steps=N",
-            settings.optimizer_type,
-        )
-    elif sets_own_rates(optimizer) and scheduled:
-        logger.warning(
-            "Adafactor with relative_step sets its own rates: --lr_scheduler and --lr_warmup_steps have no effect; "
-            "to use them give --optimizer_args relative_step=False"
-        )
-    elif settings.lr_scheduler_type and settings.lr_warmup_steps:
-        logger.warning("--lr_scheduler_type %s takes no --lr_warmup_steps", settings.lr_scheduler_type)
-    elif asked in ("constant", "piecewise_constant") and settings.lr_warmup_steps:
-        logger.warning("--lr_scheduler %s has no warm-up; use constant_with_warmup", asked)

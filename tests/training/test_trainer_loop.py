@@ -22,6 +22,7 @@ from musubi_tuner.diffusion.losses import LossTerm
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
 from musubi_tuner.training import trainer as trainer_module
 from musubi_tuner.training.audio_watch import AudioWatch
+from musubi_tuner.training.lr_plan import FactorPlan
 from musubi_tuner.training.lr_schedulers import ScheduleSettings
 from musubi_tuner.training.setup import Compute, make_scaler
 from musubi_tuner.training.state import Progress
@@ -86,12 +87,23 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_view", lambda self, batch, epoch: batch)
 
 
-def run(views: list[View], *, steps: int, plan=None, progress=None, accumulation=1, scaler=None, lr=0.1, watch=None):
+def run(
+    views: list[View],
+    *,
+    steps: int,
+    plan=None,
+    progress=None,
+    accumulation=1,
+    scaler=None,
+    lr=0.1,
+    watch=None,
+    actions=(),
+):
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     task = TaskSettings(NoiseLevelSampler(), seed=0, device=torch.device("cpu"), dtype=torch.float32)
-    loop = LoopSettings(steps, accumulation, 0.0, "constant", ScheduleSettings(steps), (lr,))
+    loop = LoopSettings(steps, accumulation, 0.0, FactorPlan("constant", ScheduleSettings(steps), (lr,)))
     recorder = Recorder()
     Trainer(
         model,
@@ -104,6 +116,7 @@ def run(views: list[View], *, steps: int, plan=None, progress=None, accumulation
         [recorder],
         scaler,
         watch or AudioWatch(),
+        actions,
     ).run()
     return model.weight.item(), recorder
 
@@ -142,7 +155,9 @@ def test_a_process_without_a_batch_takes_part_in_the_step(monkeypatch: pytest.Mo
         for p in parameters:
             p.grad = torch.full_like(p, 0.5 * arriving)
 
-    other = torch.tensor([[3.0, 3.0, 0.0, 0.0, 0.5], [1.0, 1.0, 0.0, 0.0, 1.0]])
+    sums = {"loss": 3.0, "video": 3.0, "grad_norm": 0.5}
+    names = [*trainer_module._LOSSES, "grad_norm"]
+    other = torch.tensor([[sums.get(n, 0.0) for n in names], [float(n in sums) for n in names]])
     monkeypatch.setattr(trainer_module, "average_gradients", average)
     monkeypatch.setattr(trainer_module, "sum_over_processes", lambda own: own + other)
     monkeypatch.setattr(Loader, "batches_per_epoch", lambda self, world_size: 1)
@@ -218,3 +233,21 @@ def test_too_little_sound_ends_the_run_when_it_should():
     with pytest.raises(UserError, match="2 of 4 training batches"):
         run([View(1.0, audio=1.0), View(1.0)] * 9, steps=9, watch=watch, progress=progress)
     assert progress.global_step == 3
+
+
+def test_weight_actions_run_once_after_each_step_that_was_made():
+    """Not after a micro-batch, not after a dropped step."""
+    calls = []
+
+    def action(step: int) -> dict[str, float]:
+        calls.append(step)
+        return {"max_norm/keys_scaled": float(step)}
+
+    views = [View(1.0), View(1.0), View(float("nan")), View(1.0), View(1.0), View(1.0)]
+    _, recorder = run(views, steps=3, accumulation=2, actions=[action])
+    assert calls == [1, 3]
+    assert [dict(r.scalars) for r in recorder.reports] == [
+        {"max_norm/keys_scaled": 1.0},
+        {},
+        {"max_norm/keys_scaled": 3.0},
+    ]

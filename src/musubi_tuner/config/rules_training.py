@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
+from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .rules_references import references
 from .training import TrainNetworkConfig
 
@@ -201,11 +202,13 @@ _RULES = (
     required,
     unavailable,
     ranges,
+    optimizer_ranges,
     audio_balance,
     mode_fits,
     audio_batches,
     references,
     combinations,
+    optimizer_combinations,
 )
 
 

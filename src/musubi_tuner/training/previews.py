@@ -25,6 +25,7 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
+from .optimizers import evaluation_weights
 from .state import Progress
 from .trainer import StepReport
 
@@ -40,6 +41,7 @@ class Previewer:
     decoders: Decoders
     transformer: LTX2Transformer
     network: LoRANetwork
+    optimizer: torch.optim.Optimizer
     device: torch.device
     dtype: torch.dtype
     failures: int = 0
@@ -72,16 +74,17 @@ class Previewer:
             dtype=self.dtype,
         )
         self.network.eval()
-        results = render_prompts(
-            self.transformer,
-            self.jobs,
-            self.decoders,
-            settings=settings,
-            output_dir=save.output_dir / "sample",
-            stem=lambda job: preview_stem(
-                save.output_name, position, index=job.index, seed=job.prompt.seed, epoch_end=epoch_end
-            ),
-        )
+        with evaluation_weights(self.optimizer):
+            results = render_prompts(
+                self.transformer,
+                self.jobs,
+                self.decoders,
+                settings=settings,
+                output_dir=save.output_dir / "sample",
+                stem=lambda job: preview_stem(
+                    save.output_name, position, index=job.index, seed=job.prompt.seed, epoch_end=epoch_end
+                ),
+            )
         self.network.train()
         self.failures += sum(result.error is not None for result in results)
 

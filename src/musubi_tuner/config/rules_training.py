@@ -50,6 +50,7 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
             **{k: v for k, v in needed.items() if k != "output_dir"},
             "network_weights": config.network.network_weights,
             "sample_prompts": config.preview.sample_prompts,
+            "log_tracker_config": config.tracking.log_tracker_config,
             "gemma_root": config.gemma.gemma_root,
             "gemma_safetensors": config.gemma.gemma_safetensors,
             "resume": config.save.resume,
@@ -71,6 +72,10 @@ def ranges(config: TrainNetworkConfig) -> Iterable[str]:
         "save_every_n_epochs": config.save.save_every_n_epochs,
         "sample_every_n_steps": config.preview.sample_every_n_steps,
         "sample_every_n_epochs": config.preview.sample_every_n_epochs,
+        "validate_every_n_steps": config.validation.validate_every_n_steps,
+        "validate_every_n_epochs": config.validation.validate_every_n_epochs,
+        "log_cuda_memory_every_n_steps": config.tracking.log_cuda_memory_every_n_steps,
+        "ddp_timeout": config.processes.ddp_timeout,
         # 0 would remove each file as soon as it is written.
         "save_last_n_steps": config.save.save_last_n_steps,
         "save_last_n_epochs": config.save.save_last_n_epochs,
@@ -199,8 +204,5 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
 def all_rules(parsed: Any) -> list[str]:
     """Every violation, in the order of the rules above."""
     config: TrainNetworkConfig = parsed.config
-<<<<<<< HEAD
-    return [v for rule in (required, unavailable, ranges, audio_balance, mode_fits, combinations) for v in rule(config)]
-=======
-    return [v for rule in (required, unavailable, ranges, audio_batches, combinations) for v in rule(config)]
->>>>>>> 9bdacef418285fbf7323ef0218a9b3da0d10914b
+    rules = (required, unavailable, ranges, audio_balance, audio_batches, mode_fits, combinations)
+    return [v for rule in rules for v in rule(config)]

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.dataset.batch import AudioLatents, Batch, SampleKey, TextEmbeds, VideoLatents
 from musubi_tuner.diffusion.noising import noise_batch, sample_generators

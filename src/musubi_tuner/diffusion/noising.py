@@ -61,9 +61,7 @@ def noise_batch(
     audio = batch.audio if batch.audio is not None and bool((batch.audio.lengths > 0).any()) else None
     # Both levels are always drawn, in this order, so that no flag changes the noise that follows.
     given = shares or AV()
-    levels = _levels(
-        batch, audio, sampler, lambda name, own, size: own.draw(size, generators, shares=given[name])
-    )
+    levels = _levels(batch, audio, sampler, lambda name, own, size: own.draw(size, generators, shares=given[name]))
     if quantiles is not None:
         levels = _levels(batch, audio, sampler, lambda name, own, size: own.quantile(quantiles, size))
     if batch.video is not None and not independent_audio:

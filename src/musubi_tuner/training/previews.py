@@ -25,6 +25,7 @@ from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
 from .state import Progress
+from .tracking import Tracking
 from .trainer import StepReport
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Previewer:
     network: LoRANetwork
     device: torch.device
     dtype: torch.dtype
+    tracking: Tracking
     failures: int = 0
 
     def on_start(self, progress: Progress) -> None:
@@ -82,6 +84,7 @@ class Previewer:
             ),
         )
         self.network.train()
+        self.tracking.log_samples(results, progress.global_step)
         self.failures += sum(result.error is not None for result in results)
 
 

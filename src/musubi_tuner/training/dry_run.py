@@ -103,7 +103,7 @@ def _forward_and_backward(transformer: LTX2Transformer, plan: BatchPlan, spec: B
     loss = total(view_losses(transformer, view, task))
     if loss.requires_grad:  # else nothing that is trained takes part in it
         loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from musubi_tuner.common.av import AV
-from musubi_tuner.dataset.cache import CacheName, write_audio, write_latents, write_text
+from musubi_tuner.dataset.cache import CacheName, write_audio, write_latents, write_mask, write_text
 from musubi_tuner.dataset.items import CachedDataset, CachedItem, TrainingSet
 
 CHANNELS, TOKENS, VIDEO_WIDTH, AUDIO_WIDTH = 4, 6, 5, 3
@@ -48,6 +48,33 @@ def write_item(
     return CachedItem(
         base, latents, text_path, grid, TOKENS, 25.0, audio=audio, audio_steps=audio_steps, text_widths=text
     )
+
+
+def write_reference(
+    directory: Path, target: CachedItem, grid: tuple[int, int, int], metadata: dict[str, str] | None = None
+) -> Path:
+    """A reference of 2s with the latent ``grid``, under the name of its target's latents."""
+    directory.mkdir(exist_ok=True)
+    path = directory / target.latents.name
+    write_latents(path, torch.full((CHANNELS, *grid), 2.0), metadata or {})
+    return path
+
+
+def write_reference_audio(
+    directory: Path, target: CachedItem, steps: int, metadata: dict[str, str] | None = None
+) -> Path:
+    """A reference sound of 2s, under the name of its target's sound."""
+    directory.mkdir(exist_ok=True)
+    path = directory / str(CacheName.parse(target.latents.name).sibling("audio"))
+    write_audio(path, torch.full((8, steps, 16), 2.0), metadata or {})
+    return path
+
+
+def write_item_mask(target: CachedItem, masks: AV[torch.Tensor]) -> Path:
+    """A mask beside its target's latents."""
+    path = target.latents.parent / str(CacheName.parse(target.latents.name).sibling("mask"))
+    write_mask(path, masks, {})
+    return path
 
 
 def one_dataset(items: list[CachedItem], mode: str = "av", **options: object) -> TrainingSet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from musubi_tuner.cli.entry import entry
 from musubi_tuner.cli.parser import Parsed
 from musubi_tuner.config.caching import CacheLatentsConfig
-from musubi_tuner.config.rules_caching import latents, required, sample_latents, without_encoding
+from musubi_tuner.config.rules_caching import latents, references, required, sample_latents, without_encoding
 
 
 @entry(
@@ -14,7 +14,7 @@ from musubi_tuner.config.rules_caching import latents, required, sample_latents,
     rules=[
         lambda parsed: [
             violation
-            for rule in (required, latents, sample_latents, without_encoding)
+            for rule in (required, latents, references, sample_latents, without_encoding)
             for violation in rule(parsed.config)
         ]
     ],

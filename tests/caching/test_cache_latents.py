@@ -11,7 +11,8 @@ from media_files import tone, write_sound, write_video
 from PIL import Image
 
 from musubi_tuner.caching.latent_outputs import LatentRecipe, VirtualGeometry
-from musubi_tuner.caching.latents import RunOptions, cache_latents
+from musubi_tuner.caching.latents import cache_latents
+from musubi_tuner.caching.pipeline import RunOptions
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.dataset.cache import read_audio, read_latents, read_virtual_grid

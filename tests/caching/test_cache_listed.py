@@ -13,7 +13,8 @@ from media_files import index_frame, tone, write_sound, write_video
 from PIL import Image
 
 from musubi_tuner.caching.latent_outputs import LatentRecipe
-from musubi_tuner.caching.latents import RunOptions, cache_latents
+from musubi_tuner.caching.latents import cache_latents
+from musubi_tuner.caching.pipeline import RunOptions
 from musubi_tuner.caching.text import TextRecipe, cache_text
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.dataset.discovery import discover

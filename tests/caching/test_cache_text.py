@@ -7,7 +7,7 @@ import pytest
 import torch
 from fake_encoders import AUDIO_WIDTH, TOKENS, VIDEO_WIDTH, FakeTextEncoder
 
-from musubi_tuner.caching.latents import RunOptions
+from musubi_tuner.caching.pipeline import RunOptions
 from musubi_tuner.caching.text import (
     TextRecipe,
     cache_sample_prompts,

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from media_files import tone, write_sound
+from PIL import Image
 
 from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.dataset.discovery import discover
+from musubi_tuner.dataset.files import scan_directory
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, check_caches
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.dataset.sampling import BatchPlan
@@ -189,3 +191,40 @@ def test_caches_made_with_encoders_of_other_files_serve_training(assets: Assets,
     _latents(assets, "av", "--skip_existing")  # without --vae the checkpoint's own encoder makes them anew
     cached = next((assets.dataset.parent / "cache").glob("*x0128_ltx2.safetensors"))
     assert SafetensorsFile(cached).metadata["encoder_id"] == Checkpoint.open(assets.checkpoint).encoder_id("video_vae")
+
+
+def test_references_and_masks_from_the_command_line(assets: Assets, tmp_path: Path, capsys) -> None:
+    videos = load_dataset_config(assets.dataset).datasets[0].source
+    clips = scan_directory(videos, "video")
+    for folder in ("refs", "masks"):
+        (tmp_path / folder).mkdir()
+        for clip in clips:
+            Image.new("RGB", (192, 128), "white").save(tmp_path / folder / f"{clip.stem}.png")
+    dataset = tmp_path / "data.toml"
+    dataset.write_text(
+        "[[datasets]]\n"
+        f"video_directory = '{videos.as_posix()}'\ncache_directory = 'cache'\nresolution = [192, 128]\n"
+        "reference_directory = 'refs'\nreference_cache_directory = 'ref_cache'\nmask_directory = 'masks'\n"
+        "target_frames = [17]\n",
+        encoding="utf-8",
+    )
+    flags = ("--reference_frames", "9", "--reference_downscale", "2", "--vae_chunk_size", "4")
+    _latents(assets, "video", *flags, dataset=dataset)
+    names = sorted(path.name for path in (tmp_path / "ref_cache").iterdir())
+    assert len(names) == CLIPS
+    for name in names:
+        reference = SafetensorsFile(tmp_path / "ref_cache" / name)
+        assert reference.tensors["latents_2x2x3_float32"].shape == (128, 2, 2, 3)
+        mask = SafetensorsFile(tmp_path / "cache" / name.replace("_ltx2", "_ltx2_mask"))
+        assert mask.tensors["mask"].shape == (3, 4, 6)
+
+    (tmp_path / "refs" / f"{clips[0].stem}.png").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        _latents(assets, "video", *flags, "--strict_references", dataset=dataset)
+    assert stopped.value.code == 2
+    assert f"no reference for {clips[0].name}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        _latents(assets, "video", "--reference_frames", "4", "--reference_downscale", "0", dataset=dataset)
+    message = capsys.readouterr().err
+    assert "--reference_frames 4: expected a number of frames of the form 8k + 1" in message
+    assert "--reference_downscale 0: expected at least 1" in message

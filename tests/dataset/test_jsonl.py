@@ -93,8 +93,13 @@ def test_relative_paths_lie_beside_the_list_or_in_the_working_directory(tmp_path
         ('{"video_path": "a.mp4", "caption": "\\ud83d"}', "caption: half a character at position 0"),
         ({"video_path": "a.png", "caption": "x"}, "a.png is of kind image; list it in image_jsonl_file"),
         ({"video_path": "a.mp4", "caption": "x", "audio_path": 1}, "audio_path: expected a text"),
-        ({"video_path": "a.mp4", "caption": "x", "control_path_0": "b"}, "control images are not supported yet"),
-        ({"video_path": "a.mp4", "caption": "x", "reference_audio_path": "b"}, "references are not supported yet"),
+        ({"video_path": "a.mp4", "caption": "x", "control_path_0": "b"}, "only images have several control images"),
+        ({"video_path": "a.mp4", "caption": "x", "image_path_0": "b"}, "trained on one target per item"),
+        ({"video_path": "a.mp4", "caption": "x", "reference_path": "b.wav"}, "b.wav is not a picture or video"),
+        (
+            {"video_path": "a.mp4", "caption": "x", "reference_path": "b.png", "control_path": "c.mp4"},
+            "reference_path, control_path: give the reference once",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -246,3 +246,40 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(cached_demo, capsys) -> Non
 
     assert _status(cache_latents, *common, "--ltx2_checkpoint", demo.checkpoint) == 0
     assert "together: about" in capsys.readouterr().err
+
+
+@pytest.fixture
+def accompanied(videos: Path) -> Path:
+    """The three videos with references and masks; one lacks a reference, another has a mask of another shape."""
+    folder = videos.parent
+    for name in ("refs", "masks"):
+        (folder / name).mkdir()
+    for stem in ("plain", "other", ODD):
+        size = (64, 64) if stem == "other" else (128, 64)
+        Image.new("RGB", size, "white").save(folder / "masks" / f"{stem}.png")
+        if stem != "plain":
+            Image.new("RGB", (128, 64), "red").save(folder / "refs" / f"{stem}.png")
+    more = "reference_directory = 'refs'\nreference_cache_directory = 'rc'\nmask_directory = 'masks'\n"
+    return _config(folder, "video", "clips", f"target_frames = [17]\n{more}")
+
+
+def test_the_page_shows_references_and_masks_and_what_is_missing(accompanied: Path, capsys) -> None:
+    assert _status(inspect_dataset, "--dataset_config", accompanied) == 1
+    page = _page(accompanied.parent / "inspection")
+    assert page.text.count("1 frame of 128x64") == 2
+    assert "mask plain.png: keeps 100%" in page.text
+    assert page.tags.count("img") == 3 + 2 + 2  # clips, references, masks
+    said = capsys.readouterr().err
+    assert "reference 2 of 3, mask 3 of 3" in said
+    assert "no reference: 1 file: plain.mp4" in said
+    assert "unreadable mask: 1 file: other.mp4" in said
+
+
+@pytest.mark.parametrize("flags", [("--dry_run",), ("--debug_mode", "console")])
+def test_missing_references_are_counted_without_encoding(accompanied: Path, capsys, flags: tuple[str, ...]) -> None:
+    assert _status(cache_latents, "--dataset_config", accompanied, *flags) == 1
+    said = capsys.readouterr().err
+    assert "datasets[0]: reference 2 of 3, mask 3 of 3" in said
+    assert "missing: datasets[0]: no reference for plain.mp4" in said
+    Image.new("RGB", (128, 64)).save(accompanied.parent / "refs" / "plain.png")
+    assert _status(cache_latents, "--dataset_config", accompanied, *flags) == 0

@@ -268,7 +268,7 @@ def test_resuming_with_other_settings_is_refused(cached_demo, tmp_path: Path, ca
     state = str(tmp_path / "x-state")
     message = refused(arguments(assets, tmp_path, "--resume", state, "--gradient_accumulation_steps", "2"), capsys)
     assert "gradient_accumulation_steps 1 (now 2)" in message
-    message = refused(arguments(assets, tmp_path, "--resume", state, "--lora_target_preset", "v2v"), capsys)
+    message = refused(arguments(assets, tmp_path, "--resume", state, "--lora_target_preset", "audio"), capsys)
     assert "network flags" in message
 
 

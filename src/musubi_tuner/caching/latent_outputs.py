@@ -66,12 +66,25 @@ class LatentRecipe:
     audio_source: AudioSource = AudioSource()
     virtual: VirtualGeometry = VirtualGeometry()
     placeholder_channels: int = 128
+    reference_audio_seconds: float | None = None  # longest sound of a reference; None = any
+
+
+@dataclass(frozen=True)
+class Target:
+    """One clip, image or sound by the name of its latents."""
+
+    name: CacheName
+    item: SourceItem
+    bucket: Size  # (width, height)
+    window: ClipWindow | None  # None: a sound without picture
+    original_size: Size | None
 
 
 @dataclass(frozen=True)
 class ClipOutputs:
     """The cache files of one clip; ``audio`` is ``None`` where no sound is asked for."""
 
+    target: Target
     latents: Output
     audio: Output | None = field(default=None)
 
@@ -88,8 +101,9 @@ def clip_outputs(
     """Files and metadata for one clip, image or sound. The source is asked for its size and date."""
     size = original_size if item.kind == "image" and original_size else bucket
     name = CacheName(base_name(item, window), "latents", size)
+    target = Target(name, item, bucket, window, original_size)
     if item.kind == "audio":
-        return _sound_outputs(recipe, entry, item, name)
+        return _sound_outputs(recipe, entry, target)
 
     video = _clip_settings(entry, item, bucket, window) | {"dtype": dtype_name(recipe.video_dtype)}
     frames = window.count if window else 1
@@ -99,8 +113,9 @@ def clip_outputs(
         fits=lambda path: read_latent_header(path).grid == latent_grid(frames, bucket),
     )
     if recipe.mode != "av" or item.kind == "image":
-        return ClipOutputs(latents)
-    return ClipOutputs(latents, _clip_sound(recipe, entry, item, name.sibling("audio"), bucket=bucket, window=window))
+        return ClipOutputs(target, latents)
+    sound = _clip_sound(recipe, entry, item, name.sibling("audio"), bucket=bucket, window=window)
+    return ClipOutputs(target, latents, sound)
 
 
 def _clip_settings(
@@ -140,13 +155,15 @@ def _clip_sound(
     )
 
 
-def _sound_outputs(recipe: LatentRecipe, entry: DatasetEntry, item: SourceItem, name: CacheName) -> ClipOutputs:
+def _sound_outputs(recipe: LatentRecipe, entry: DatasetEntry, target: Target) -> ClipOutputs:
+    item, name = target.item, target.name
     virtual = recipe.virtual
     geometry: dict[str, object] = {"virtual_fps": virtual.fps, "sequence_resolution": virtual.sequence_resolution}
     if not virtual.sequence_resolution:
         geometry["virtual_size"] = virtual.target_resolution or list(entry.resolution)
     placeholder = geometry | {"channels": recipe.placeholder_channels, "dtype": dtype_name(recipe.video_dtype)}
     return ClipOutputs(
+        target,
         Output(
             entry.cache_directory / str(name),
             provenance(item.path, None, placeholder),

@@ -1,7 +1,8 @@
 """Media files to latent caches.
 
 Threads decode, resize and cut ahead; this thread encodes and writes. A clip's sound is written before its
-video latents, so latents that exist are complete even after an interruption.
+video latents, so latents that exist are complete even after an interruption. References and masks follow when
+a dataset's targets are done (``companions.py``).
 """
 
 from __future__ import annotations
@@ -10,23 +11,25 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from musubi_tuner.common.progress import progress
 from musubi_tuner.dataset.buckets import floor_frames
 from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches, split_clip_base, write_audio, write_latents
 from musubi_tuner.dataset.clips import PreparedClip, base_name, iter_clips, plan_item, require_files
+from musubi_tuner.dataset.companions import find_companions
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
 
-from .latent_outputs import ClipOutputs, LatentRecipe, clip_outputs
+from .companions import cache_companions
+from .encoders import AudioEncoder, Encoders, VideoEncoder, explained
+from .latent_outputs import ClipOutputs, LatentRecipe, Target, clip_outputs
 from .pipeline import (
     Failed,
     Output,
+    RunOptions,
     Summary,
     default_workers,
     outdated,
@@ -42,39 +45,13 @@ _MOST_PENDING_BYTES = 1 << 30  # of decoded clips that wait for others of their 
 _KINDS: tuple[CacheKind, ...] = ("latents", "audio", "dino", "mask")  # kept or deleted together
 
 
-class VideoEncoder(Protocol):
-    """What is used of :class:`musubi_tuner.models.video_vae.VideoVAE`."""
-
-    @property
-    def device(self) -> torch.device: ...
-    def encode(self, pixels: Tensor) -> Tensor: ...
-
-
-class AudioEncoder(Protocol):
-    """What is used of :class:`musubi_tuner.models.audio_vae.AudioVAE`."""
-
-    @property
-    def device(self) -> torch.device: ...
-    def encode(self, waveform: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is carried out; nothing here changes what is in the files."""
-
-    batch_size: int | None = None  # None: the dataset's
-    workers: int | None = None  # None: by the CPUs
-    skip_existing: bool = False
-    keep_cache: bool = False
-
-
 def cache_latents(
     config: DatasetConfig,
     recipe: LatentRecipe,
     *,
     video_vae: VideoEncoder | None,
     audio_vae: AudioEncoder | None,
-    options: RunOptions = RunOptions(),
+    options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
 ) -> Summary:
     """Encode every item of the training and validation datasets.
 
@@ -88,10 +65,10 @@ def cache_latents(
         options: how to run.
     """
     summary = Summary()
-    encoder = _Encoder(recipe, video_vae, audio_vae)
+    encoders = Encoders(recipe, video_vae, audio_vae)
     for entry in config.entries():
         if entry.source is not None:
-            _DatasetRun(entry, recipe, encoder, options, summary).run()
+            _DatasetRun(entry, encoders, options, summary).run()
     return summary
 
 
@@ -123,17 +100,16 @@ class _DatasetRun:
     def __init__(
         self,
         entry: DatasetEntry,
-        recipe: LatentRecipe,
-        encoder: _Encoder,
+        encoders: Encoders,
         options: RunOptions,
         summary: Summary,
     ) -> None:
         self.entry = entry
-        self.recipe = recipe
-        self.encoder = encoder
+        self.recipe = encoders.recipe
+        self.encoders = encoders
         self.options = options
         self.summary = summary
-        self.produced: set[CacheName] = set()
+        self.targets: dict[CacheName, Target] = {}
         self.lengths: dict[int, int] = defaultdict(int)  # videos by clip length
         self.videos = 0  # read to their end
         self.groups = _Groups(options.batch_size or entry.batch_size)
@@ -150,6 +126,7 @@ class _DatasetRun:
         listing = list_items(entry)
         if listing.problems:
             logger.warning("%s: %s", label, summarize_problems(listing.problems))
+        companions = find_companions(entry, listing.items, self.recipe.mode)
         streams = read_ahead(
             listing.items,
             self._prepare,
@@ -169,6 +146,15 @@ class _DatasetRun:
             for jobs in self.groups.rest():
                 self._encode(jobs)
         self._finish(complete=not listing.problems)
+        cache_companions(
+            entry,
+            companions,
+            list(self.targets.values()),
+            self.encoders,
+            self.options,
+            self.summary,
+            complete=not listing.problems,
+        )
 
     def _finish(self, *, complete: bool) -> None:
         label = self.entry.label
@@ -176,7 +162,7 @@ class _DatasetRun:
             short = self.videos - self.lengths[length]
             if short > 0:
                 logger.warning("%s: %d of %d videos gave no clip of %d frames", label, short, self.videos, length)
-        if not self.produced and not self.summary.failed_in(label):
+        if not self.targets and not self.summary.failed_in(label):
             self.summary.empty.append(label)
             return
         if self.options.keep_cache:
@@ -184,7 +170,7 @@ class _DatasetRun:
         if self.summary.failed_in(label) or not complete:
             logger.info("%s: no old cache files are deleted, since some items could not be cached", label)
             return
-        if removed := remove_orphans(self.entry.cache_directory, self.produced, _KINDS):
+        if removed := remove_orphans(self.entry.cache_directory, self.targets, _KINDS):
             logger.info("%s: deleted %d cache files that the dataset no longer produces", label, len(removed))
 
     # --- in worker threads
@@ -257,9 +243,9 @@ class _DatasetRun:
         if isinstance(result, Failed):
             self.summary.fail(self.entry.label, modality, item.path.name, result.error)
             return set()
-        name = CacheName.parse(result.outputs.latents.path.name)
-        assert name is not None
-        self.produced.add(name)
+        target = result.outputs.target
+        name = target.name
+        self.targets[name] = target
         if isinstance(result, _Current):
             self._count_current(result, item, name.base)
         else:
@@ -302,7 +288,7 @@ class _DatasetRun:
             tally.current += 1
         else:
             try:
-                self.encoder.store_audio(clip, job.audio)
+                write_audio(job.audio.path, self.encoders.sound(clip.waveform), job.audio.metadata)
             except Exception as error:
                 stop_if_full(error, self.entry.cache_directory)
                 self.summary.fail(label, "audio", clip.base_name, error)
@@ -312,9 +298,7 @@ class _DatasetRun:
 
     def _drop_old_sound(self, outputs: ClipOutputs) -> None:
         """A clip that has lost its sound must not be trained with the old one."""
-        name = CacheName.parse(outputs.latents.path.name)
-        if name is not None:
-            outputs.latents.path.with_name(str(name.sibling("audio"))).unlink(missing_ok=True)
+        outputs.latents.path.with_name(str(outputs.target.name.sibling("audio"))).unlink(missing_ok=True)
 
     def _store_latents(self, jobs: list[_Job], *, alone: bool) -> bool:
         """``False`` if a batch of several failed, of which nothing is then counted."""
@@ -322,11 +306,11 @@ class _DatasetRun:
         wanted = [(job.clip, job.latents) for job in jobs if job.latents is not None]
         try:
             if wanted:
-                self.encoder.store_latents(self.entry, wanted)
+                self._write_latents(wanted)
         except Exception as error:
             stop_if_full(error, self.entry.cache_directory)
             if alone:
-                self.summary.fail(label, kind, jobs[0].clip.base_name, _explained(error))
+                self.summary.fail(label, kind, jobs[0].clip.base_name, explained(error))
             return alone
         if kind != "audio":
             tally = self.summary.tally(label, kind)
@@ -334,50 +318,21 @@ class _DatasetRun:
             tally.current += len(jobs) - len(wanted)
         return True
 
-
-def _explained(error: Exception) -> Exception:
-    if not isinstance(error, torch.OutOfMemoryError):
-        return error
-    torch.cuda.empty_cache()
-    return MemoryError("out of memory; add --vae_chunk_size 16 or --vae_spatial_tile_size 512, or use --batch_size 1")
-
-
-# --- encoding -----------------------------------------------------------------------------------------------
-
-
-class _Encoder:
-    """The VAEs with what they are to write."""
-
-    def __init__(self, recipe: LatentRecipe, video_vae: VideoEncoder | None, audio_vae: AudioEncoder | None) -> None:
-        self.recipe = recipe
-        self.video_vae = video_vae
-        self.audio_vae = audio_vae
-
-    def store_latents(self, entry: DatasetEntry, wanted: list[tuple[PreparedClip, Output]]) -> None:
+    def _write_latents(self, wanted: list[tuple[PreparedClip, Output]]) -> None:
         """Encode clips of one shape together and write each."""
         if wanted[0][0].pixels is None:
             for clip, output in wanted:
-                self._store_placeholder(entry, clip, output)
+                self._write_placeholder(clip, output)
             return
-        assert self.video_vae is not None
-        pixels = torch.stack([torch.from_numpy(clip.pixels) for clip, _ in wanted])  # [B, F, H, W, 3] uint8
-        # Bytes travel to the device, floats are made there.
-        video = pixels.to(self.video_vae.device).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
-        latents = self.video_vae.encode(video).to(self.recipe.video_dtype).cpu()
+        latents = self.encoders.pictures([clip.pixels for clip, _ in wanted if clip.pixels is not None])
         for (clip, output), latent in zip(wanted, latents, strict=True):
             frames = clip.window.count if clip.item.kind == "video" and clip.window else None
             write_latents(output.path, latent, output.metadata, frame_count=frames)
 
-    def _store_placeholder(self, entry: DatasetEntry, clip: PreparedClip, output: Output) -> None:
-        grid = self.recipe.virtual.grid(clip.duration, entry.resolution)
+    def _write_placeholder(self, clip: PreparedClip, output: Output) -> None:
+        grid = self.recipe.virtual.grid(clip.duration, self.entry.resolution)
         zeros = torch.zeros(self.recipe.placeholder_channels, 1, 1, 1, dtype=self.recipe.video_dtype)
         write_latents(output.path, zeros, output.metadata, virtual_grid=grid)
-
-    def store_audio(self, clip: PreparedClip, output: Output) -> None:
-        assert self.audio_vae is not None
-        waveform = torch.from_numpy(clip.waveform)[None].to(self.audio_vae.device)  # [1, 2, S]
-        latents = self.audio_vae.encode(waveform)[0]
-        write_audio(output.path, latents.to(self.recipe.audio_dtype).cpu(), output.metadata)
 
 
 class _Groups:

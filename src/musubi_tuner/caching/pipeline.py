@@ -18,6 +18,7 @@ from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches
+from musubi_tuner.dataset.companion_rules import CACHE_DIRECTORIES
 from musubi_tuner.dataset.fingerprint import stale_reason
 from musubi_tuner.dataset.schema import DatasetConfig
 
@@ -31,6 +32,16 @@ MISSING = "missing"
 _MOST_WORKERS = 8  # by default; each holds a decoded clip or two
 _FAILURES_SHOWN = 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; nothing here changes what is in the files."""
+
+    batch_size: int | None = None  # None: the dataset's
+    workers: int | None = None  # None: by the CPUs
+    skip_existing: bool = False
+    keep_cache: bool = False
 
 
 # --- reading ahead ------------------------------------------------------------------------------------------
@@ -121,24 +132,31 @@ class _Stream(Generic[R]):
 
 
 def prepare_directories(config: DatasetConfig) -> None:
-    """Make the cache directories of all datasets that have sources.
+    """Make the cache directories, also of references, of all datasets that have sources.
 
     Raises:
         ConfigErrors: those that cannot be written to.
     """
     problems = []
     for entry in config.entries():
-        if entry.source is None:
-            continue
-        try:
-            entry.cache_directory.mkdir(parents=True, exist_ok=True)
-            probe = entry.cache_directory / ".write_test"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            problems.append(f"{entry.label}.cache_directory: {entry.cache_directory} ({error.strerror})")
+        for name in ("cache_directory", *CACHE_DIRECTORIES) if entry.source is not None else ():
+            directory: Path | None = getattr(entry, name)
+            reason = None if directory is None else _unwritable(directory)
+            if reason is not None:
+                problems.append(f"{entry.label}.{name}: {directory} ({reason})")
     if problems:
         raise ConfigErrors(problems, f"{config.path}: cache directories that cannot be written; choose others")
+
+
+def _unwritable(directory: Path) -> str | None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".write_test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def stop_if_full(error: Exception, directory: Path) -> None:
@@ -226,6 +244,7 @@ class Summary:
         self.reasons: Counter[str] = Counter()  # why files were made again
         self.needless = 0  # files made again although they were current
         self.empty: list[str] = []  # datasets that gave nothing
+        self.missing: list[str] = []  # a line for each kind of reference or mask that some items lack
 
     def tally(self, dataset: str, modality: str) -> Tally:
         return self._tallies[dataset, modality]
@@ -271,7 +290,9 @@ class Summary:
             logger.error("and %d more failed", len(self.failures) - _FAILURES_SHOWN)
         for label in self.empty:
             logger.error("%s: nothing to cache", label)
-        return 0 if allow_failed else int(bool(self.failures or self.empty))
+        for line in self.missing:
+            logger.error("missing: %s", line)
+        return 0 if allow_failed else int(bool(self.failures or self.empty or self.missing))
 
 
 def _shown(names: list[str], limit: int = 5) -> str:

@@ -15,14 +15,15 @@ from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig
 from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.companions import check_companions
 from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.manifest import save_dataset_manifest
 from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
 from musubi_tuner.models.checkpoint import Checkpoint
 
 from .latent_outputs import LatentRecipe, VirtualGeometry
-from .latents import RunOptions, cache_latents
-from .pipeline import Summary, prepare_directories
+from .latents import cache_latents
+from .pipeline import RunOptions, Summary, prepare_directories
 from .text import Encoder, TextRecipe, cache_sample_prompts, cache_text, gemma_fingerprint, read_sample_prompts
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
 
     from .sample_latents import cache_sample_latents, read_conditioned_prompts
 
-    datasets = load_dataset_config(config.dataset.dataset_config)
+    datasets = load_dataset_config(config.dataset.dataset_config, command_line=config.references.dataset_defaults)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)
+    check_companions(datasets, mode, strict=config.references.strict_references)
     device = choose_device(config.dataset.device)
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     vae_checkpoint = Checkpoint.open(config.encoding.vae) if config.encoding.vae else checkpoint
@@ -97,6 +99,7 @@ def _latent_recipe(
             audio.audio_only_target_fps, audio.audio_only_sequence_resolution, audio.audio_only_target_resolution
         ),
         placeholder_channels=audio.audio_video_latent_channels or _video_channels(checkpoint),
+        reference_audio_seconds=config.references.reference_audio_max_seconds,
     )
 
 

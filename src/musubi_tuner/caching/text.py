@@ -23,8 +23,7 @@ from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, caption_path, list_items, summarize_problems
 
-from .latents import RunOptions
-from .pipeline import Output, Summary, outdated, remove_orphans, remove_partial, stop_if_full
+from .pipeline import Output, RunOptions, Summary, outdated, remove_orphans, remove_partial, stop_if_full
 
 if TYPE_CHECKING:
     from musubi_tuner.generation.prompts import SamplePrompt

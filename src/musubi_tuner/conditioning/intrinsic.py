@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import pad
 
-from musubi_tuner.common.av import AV
+from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.common.log import warn_once
 from musubi_tuner.diffusion.tokens import VIDEO_SPACE_STRIDE, NoisedTokens
 
@@ -89,3 +90,24 @@ def condition_first_frame(
     if video is None or probability == 0 or video.grid[0] <= 1:
         return tokens
     return replace(tokens, video=apply_keep(video, first_frame_keep(video.grid), draw_gates(probability, generators)))
+
+
+def condition_masks(tokens: AV[NoisedTokens], masks: AV[Tensor]) -> AV[NoisedTokens]:
+    """Keep clean what each sample's mask marks ([B, F, H, W] and [B, T], 1 = stays clean): inpainting.
+
+    A sample whose mask covers it trains nothing, for it may stand beside others that have something to learn.
+    """
+
+    def one(name: Modality, target: NoisedTokens) -> NoisedTokens:
+        mask = masks[name]
+        if mask is None or not bool((mask > 0).any()):
+            return target
+        keep = mask_keep(mask)
+        # Silence in place of missing sound may be longer than the sounds that the masks were padded to.
+        keep = pad(keep, (0, target.target.stop - target.target.start - keep.shape[1]))
+        masked = apply_keep(target, keep, torch.ones(mask.shape[0], dtype=torch.bool))
+        if bool(((masked.weight.sum(dim=1) == 0) & (target.weight.sum(dim=1) > 0)).any()):
+            warn_once(logger, f"masked {name}", "the %s of some item is masked as a whole: it trains nothing", name)
+        return masked
+
+    return tokens.map_named(one)

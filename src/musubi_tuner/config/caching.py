@@ -67,6 +67,27 @@ class AudioSourceConfig:
 
 
 @dataclass(frozen=True)
+class ReferenceConfig:
+    """References and masks."""
+
+    reference_frames: int | None = flag(
+        None, "frames of a reference, 8k + 1, where the dataset does not say; not given: 1"
+    )
+    reference_downscale: int | None = flag(
+        None, "the target's size divided by the reference's, where the dataset does not say; not given: 1"
+    )
+    reference_audio_max_seconds: float | None = flag(
+        None, "use only the beginning of a reference sound; not given: the whole"
+    )
+    strict_references: bool = flag(False, "stop before encoding if a reference or mask is missing")
+
+    @property
+    def dataset_defaults(self) -> dict[str, object]:
+        """Values of the keys that a dataset configuration may leave out."""
+        return {"reference_frames": self.reference_frames, "reference_downscale": self.reference_downscale}
+
+
+@dataclass(frozen=True)
 class WithoutEncodingConfig:
     """Without encoding (no checkpoint needed)."""
 
@@ -110,6 +131,7 @@ class CacheLatentsConfig:
     dataset: DatasetRunConfig = DatasetRunConfig()
     encoding: LatentEncodingConfig = LatentEncodingConfig()
     audio: AudioSourceConfig = AudioSourceConfig()
+    references: ReferenceConfig = ReferenceConfig()
     samples: SampleLatentsConfig = SampleLatentsConfig()
     without: WithoutEncodingConfig = WithoutEncodingConfig()
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from .caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig, LatentEncodingConfig
 from .rules_common import dtypes, missing, tiles
 
+_SHORTEST_REFERENCE = 0.1  # seconds of sound
+
 
 def required(config: CacheLatentsConfig | CacheTextConfig) -> Iterable[str]:
     """Files that both scripts cannot do without, and whether they exist."""
@@ -45,6 +47,19 @@ def latents(config: CacheLatentsConfig) -> Iterable[str]:
         yield f"--audio_only_target_resolution {audio.audio_only_target_resolution}: expected at least 32"
     if audio.audio_video_latent_channels is not None and audio.audio_video_latent_channels < 1:
         yield f"--audio_video_latent_channels {audio.audio_video_latent_channels}: expected at least 1"
+
+
+def references(config: CacheLatentsConfig) -> Iterable[str]:
+    """Options of references, by the rules of the dataset's keys."""
+    given = config.references
+    frames = given.reference_frames
+    if frames is not None and (frames < 1 or frames % 8 != 1):
+        yield f"--reference_frames {frames}: expected a number of frames of the form 8k + 1 (1, 9, 17, ...)"
+    if given.reference_downscale is not None and given.reference_downscale < 1:
+        yield f"--reference_downscale {given.reference_downscale}: expected at least 1"
+    seconds = given.reference_audio_max_seconds
+    if seconds is not None and seconds < _SHORTEST_REFERENCE:
+        yield f"--reference_audio_max_seconds {seconds:g}: expected at least {_SHORTEST_REFERENCE:g}"
 
 
 def sample_latents(config: CacheLatentsConfig) -> Iterable[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
+from .rules_references import references
 from .training import TrainNetworkConfig
 
 # Flags of the usual commands whose work arrives with the memory features.
@@ -201,8 +202,19 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
         yield f"--log_with {config.tracking.log_with} needs --logging_dir"
 
 
+_RULES = (
+    required,
+    unavailable,
+    ranges,
+    audio_balance,
+    mode_fits,
+    audio_batches,
+    references,
+    combinations,
+)
+
+
 def all_rules(parsed: Any) -> list[str]:
     """Every violation, in the order of the rules above."""
     config: TrainNetworkConfig = parsed.config
-    rules = (required, unavailable, ranges, audio_balance, audio_batches, mode_fits, combinations)
-    return [v for rule in rules for v in rule(config)]
+    return [v for rule in _RULES for v in rule(config)]

@@ -59,7 +59,7 @@ class SampleConditioningConfig:
         True, "tell the transformer that the tokens of a given first frame are clean"
     )
     audio_ref_use_negative_positions: bool = flag(
-        False, "place an audio reference before time 0, for LoRAs that were trained so"
+        False, "place audio references before time 0: in training, and in samples of LoRAs that were trained so"
     )
 
 

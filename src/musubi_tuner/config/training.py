@@ -8,6 +8,7 @@ from typing import Literal
 
 from .flag import flag
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
+from .references import ReferenceConfig
 from .sampling import PreviewConfig, SampleConditioningConfig, SampleDecodeConfig
 
 
@@ -261,6 +262,7 @@ class TrainNetworkConfig:
     timestep: TimestepConfig = TimestepConfig()
     loss: LossConfig = LossConfig()
     audio_loss: AudioLossConfig = AudioLossConfig()
+    references: ReferenceConfig = ReferenceConfig()
     preview: PreviewConfig = PreviewConfig()
     conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()

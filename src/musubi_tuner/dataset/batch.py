@@ -53,8 +53,8 @@ class Batch:
     audio: AudioLatents | None
     text: TextEmbeds
     keys: tuple[SampleKey, ...]
-    references: AV = field(default_factory=AV)
-    masks: AV[Tensor] = field(default_factory=AV)  # [B, F, H, W] / [B, T]
+    references: AV = field(default_factory=AV)  # VideoLatents and AudioLatents, every sample's or none
+    masks: AV[Tensor] = field(default_factory=AV)  # [B, F, H, W] / [B, T] in [0, 1], 1 = stays clean
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     loss_weights: AV[float] = field(default_factory=AV)  # overrides of the dataset
 

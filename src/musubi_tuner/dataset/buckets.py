@@ -96,6 +96,16 @@ def latent_grid(frames: int, size: Size) -> tuple[int, int, int]:
     return latent_frames(frames), height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
 
 
+def reference_scale(target: tuple[int, int, int], reference: tuple[int, int, int]) -> int | None:
+    """How many times the sides of a target's latent grid are those of its reference.
+
+    ``None`` if that is no whole number, or not the same for both sides.
+    """
+    scale = target[1] // reference[1]
+    fits = target[1:] == (reference[1] * scale, reference[2] * scale)
+    return scale if fits and scale >= 1 else None
+
+
 def pixel_frames(grid: tuple[int, int, int]) -> int:
     """Frames of a latent ``(F, H, W)``."""
     return (grid[0] - 1) * TEMPORAL_STRIDE + 1

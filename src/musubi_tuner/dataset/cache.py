@@ -9,6 +9,10 @@ A dataset item has one file each for video latents, audio latents and text embed
                                                      audio_prompt_embeds_bfloat16     [L, Da]  (modes av, audio)
                                                      prompt_attention_mask            [L]
                                                      text_bfloat16, text_mask         the same, for older readers
+    clip_00000-049_0768x0512_ltx2_mask.safetensors   mask                             [7, 16, 24]  float32
+                                                     audio_mask                       [50]         float32
+
+References lie in directories of their own, under the names of the targets' latents and audio files.
 
 Names and keys are those of musubi-tuner's LTX-2 caches, so files move between the two. Latents are normalised
 (the VAE's per-channel statistics are applied). Sizes in names are ``width x height``: the bucket for video,
@@ -172,6 +176,15 @@ class TextHeader:
     metadata: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class MaskHeader:
+    """What the header of a mask cache says; the parts it has not are ``None``."""
+
+    grid: Grid | None  # (F, H, W)
+    audio_steps: int | None
+    metadata: Mapping[str, str]
+
+
 def read_latent_header(path: Path) -> LatentHeader:
     """Raises UserError if the file is damaged or holds no latents."""
     file = SafetensorsFile(path)
@@ -199,6 +212,19 @@ def read_text_header(path: Path) -> TextHeader:
         tokens=next(iter(shapes.values()))[0],
         widths=AV(*(shapes[n][1] if (n := f"{m}_prompt_embeds") in shapes else None for m in ("video", "audio"))),
         legacy_width=shapes["text"][1] if "text" in shapes else None,
+        metadata=file.metadata,
+    )
+
+
+def read_mask_header(path: Path) -> MaskHeader:
+    """Raises UserError if the file is damaged or holds no mask."""
+    file = SafetensorsFile(path)
+    names = {name: name for name in file.tensors}
+    if not {"mask", "audio_mask"} & set(names):
+        raise _lacks(file, "mask")
+    return MaskHeader(
+        grid=_shape(file, names, "mask", ndim=3) if "mask" in names else None,  # type: ignore[arg-type]
+        audio_steps=_shape(file, names, "audio_mask", ndim=1)[0] if "audio_mask" in names else None,
         metadata=file.metadata,
     )
 
@@ -252,6 +278,12 @@ def read_audio(path: Path) -> tuple[Tensor, int]:
     latents = file.read_one(names["audio_latents"])
     length = int(file.read_one(names["audio_lengths"])) if "audio_lengths" in names else steps
     return latents, min(length, steps)
+
+
+def read_mask(path: Path) -> AV[Tensor]:
+    """Masks [F, H, W] and [T] in [0, 1], 1 = keep clean; a part that the file lacks is ``None``."""
+    file = SafetensorsFile(path)
+    return AV(*(file.read_one(key).float() if key in file.tensors else None for key in ("mask", "audio_mask")))
 
 
 def read_text(
@@ -358,6 +390,13 @@ def write_text(
         tensors[f"text_{dtype_name(parts[0].dtype)}"] = torch.cat(parts, dim=-1)
         tensors["text_mask"] = mask.to(torch.int64)
     save_safetensors(tensors, path, _metadata({"caption1": caption}, metadata))
+
+
+def write_mask(path: Path, masks: AV[Tensor], metadata: Mapping[str, str]) -> None:
+    """Write masks in [0, 1] (1 = keep clean): video [F, H, W], audio [T], one or both."""
+    keys = {"video": "mask", "audio": "audio_mask"}
+    tensors = {keys[modality]: _finite(path, mask.to(torch.float32)) for modality, mask in masks.items()}
+    save_safetensors(tensors, path, _metadata({}, metadata))
 
 
 def _metadata(own: Mapping[str, str], provenance: Mapping[str, str]) -> dict[str, str]:

@@ -199,16 +199,26 @@ def _image_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
     )
 
 
-def _audio_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
-    with AudioTrack(item.path) as track:
+def read_sound(path: Path) -> np.ndarray:
+    """The whole sound of a file, float32 ``[2, S]`` at 16 kHz.
+
+    Raises:
+        MediaError: the file is missing or damaged, has no sound, or too little for one latent step.
+    """
+    with AudioTrack(path) as track:
         samples = track.read_all()
         _warn_of_damage(track)
     if isinstance(samples, NoAudio):
-        raise MediaError(f"{item.path}: {samples.reason}; remove it from the dataset")
+        raise MediaError(f"{path}: {samples.reason}; remove it from the dataset")
     waveform = to_16k(samples, track.rate)
     if waveform.shape[1] < SHORTEST_SOUND:
-        raise MediaError(f"{item.path}: {_too_short(waveform)}; remove it from the dataset")
-    _warn_if_cut_short(item.path, waveform.shape[1] / AUDIO_RATE)
+        raise MediaError(f"{path}: {_too_short(waveform)}; remove it from the dataset")
+    _warn_if_cut_short(path, waveform.shape[1] / AUDIO_RATE)
+    return waveform
+
+
+def _audio_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
+    waveform = read_sound(item.path)
     return PreparedClip(
         base_name=base_name(item, None),
         item=item,
@@ -226,13 +236,14 @@ def _video_clips(
     item: SourceItem, entry: DatasetEntry, sound: AudioSource | None, decode_threads: int
 ) -> Iterator[PreparedClip]:
     with ExitStack() as stack:
-        video = stack.enter_context(_open(item, entry, decode_threads))
+        video = stack.enter_context(open_frames(item.path, entry, decode_threads))
         bucket = _bucket(item, entry, video.info.size)
-        rate, length, notes = _frame_rate(video, entry)
+        rule = entry.extraction
+        rate, length, notes = frame_rate(video, entry, limit=rule.limit, count=rule.mode == "uniform")
         track = _open_track(stack, video, item, sound) if sound else None
         cuts = cut_clips(
             sample_frames(video.frames(), rate),
-            entry.extraction,
+            rule,
             convert=lambda frame: resize_to_bucket(video.to_rgb(frame), bucket),
             length=length,
         )
@@ -254,15 +265,14 @@ def _video_clips(
             _warn_of_damage(track)
 
 
-def _open(item: SourceItem, entry: DatasetEntry, threads: int) -> AbstractContextManager[Video | ImageSequence]:
-    if item.path.is_dir():
-        return nullcontext(_sequence(item, entry))
-    return open_video(item.path, threads=threads)
+def open_frames(path: Path, entry: DatasetEntry, threads: int = 1) -> AbstractContextManager[Video | ImageSequence]:
+    """A video or a folder of images, to be read once from its beginning."""
+    return nullcontext(_sequence(path, entry)) if path.is_dir() else open_video(path, threads=threads)
 
 
-def _sequence(item: SourceItem, entry: DatasetEntry) -> ImageSequence:
+def _sequence(path: Path, entry: DatasetEntry) -> ImageSequence:
     """Without a rate of its own every image becomes one frame."""
-    return ImageSequence(item.path, entry.source_fps or entry.target_fps)
+    return ImageSequence(path, entry.source_fps or entry.target_fps)
 
 
 def _bucket(item: SourceItem, entry: DatasetEntry, size: Size) -> Size:
@@ -278,9 +288,19 @@ def _bucket(item: SourceItem, entry: DatasetEntry, size: Size) -> Size:
 # --- frame rate ---------------------------------------------------------------------------------------------
 
 
-def _frame_rate(video: Video | ImageSequence, entry: DatasetEntry) -> tuple[FrameRate, int | None, tuple[str, ...]]:
-    """The frame-rate rule for one video, the number of output frames if the extraction needs it, notes."""
-    name, rule = video.path.name, entry.extraction
+def frame_rate(
+    video: Video | ImageSequence, entry: DatasetEntry, *, limit: int | None = None, count: bool = False
+) -> tuple[FrameRate, int | None, tuple[str, ...]]:
+    """The frame-rate rule for one video, the number of output frames (if ``count``), notes.
+
+    Args:
+        limit: output frames that are used at most; what lies behind them does not decide.
+        count: whether the number of output frames is needed.
+
+    Raises:
+        MediaError: its frame rate is unknown.
+    """
+    name = video.path.name
     rate = _nominal_rate(video.path, video.info.fps, entry)
     notes: list[str] = []
     if isinstance(video, ImageSequence):
@@ -290,8 +310,8 @@ def _frame_rate(video: Video | ImageSequence, entry: DatasetEntry) -> tuple[Fram
         logger.info("Auto-detected source FPS: %.2f for %s", rate.source, name)
     length = None
     check = not (rate.resample or rate.given)
-    if check or rule.mode == "uniform":
-        times = _times(video, None if rule.limit is None else rule.limit + 1)
+    if check or count:
+        times = frame_times_of(video, None if limit is None else limit + 1)
         if check and not is_regular(times, rate.source):
             rate = replace(rate, resample=True)
             notes.append("variable frame rate: frames are chosen by their time")
@@ -302,10 +322,11 @@ def _frame_rate(video: Video | ImageSequence, entry: DatasetEntry) -> tuple[Fram
         notes.append(f"repeats frames ({rate.source:.2f} to {rate.target:.2f} FPS); set target_fps")
     for note in notes:
         logger.warning("%s: %s", name, note)
-    return rate, length if rule.mode == "uniform" else None, tuple(notes)
+    return rate, length if count else None, tuple(notes)
 
 
-def _times(video: Video | ImageSequence, limit: int | None) -> list[float]:
+def frame_times_of(video: Video | ImageSequence, limit: int | None = None) -> list[float]:
+    """Seconds of the (first ``limit``) source frames since the first; the video is not advanced."""
     return video.times(limit) if isinstance(video, ImageSequence) else frame_times(video.path, limit)
 
 
@@ -416,7 +437,7 @@ def plan_item(item: SourceItem, entry: DatasetEntry, audio_source: AudioSource |
 
 
 def _plan_video(item: SourceItem, entry: DatasetEntry, sound: AudioSource) -> ItemPlan:
-    info = _sequence(item, entry).info if item.path.is_dir() else probe_video(item.path)
+    info = _sequence(item.path, entry).info if item.path.is_dir() else probe_video(item.path)
     rate = _nominal_rate(item.path, info.fps, entry)
     pace = info.fps or rate.source
     stored = info.frames or round((info.duration or 0.0) * pace)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.model import Mode
 
 from .batch import AudioLatents, Batch, SampleKey, TextEmbeds, VideoLatents
-from .cache import Grid, read_audio, read_latents, read_text, read_virtual_grid
+from .cache import Grid, read_audio, read_latents, read_mask, read_text, read_virtual_grid
 from .items import MODALITIES, CachedItem, TrainingSet
 from .sampling import BatchSpec
 
@@ -31,6 +32,9 @@ class LoadedItem:
     audio: Tensor | None = None  # [8, T, 16]; None = no sound
     audio_length: int = 0
     virtual_grid: Grid | None = None
+    reference: Tensor | None = None  # [C, F, H, W]
+    reference_audio: Tensor | None = None  # [8, T, 16], not padded
+    masks: AV[Tensor] = field(default_factory=AV)  # [F, H, W] and [T]
 
 
 def load_item(item: CachedItem, mode: Mode, key: SampleKey, *, legacy_text_widths: AV[int] | None = None) -> LoadedItem:
@@ -53,7 +57,25 @@ def load_item(item: CachedItem, mode: Mode, key: SampleKey, *, legacy_text_width
         audio=audio,
         audio_length=length,
         virtual_grid=virtual_grid,
+        reference=read_latents(item.reference) if item.reference is not None else None,
+        reference_audio=_read_reference_audio(item.reference_audio) if item.reference_audio is not None else None,
+        masks=_read_masks(item),
     )
+
+
+def _read_reference_audio(path: Path) -> Tensor:
+    """[8, T, 16], the valid steps only."""
+    latents, length = read_audio(path)
+    if length == 0:
+        raise UserError(f"{path}: the reference sound has no valid step; delete it and cache it again")
+    return latents[:, :length]
+
+
+def _read_masks(item: CachedItem) -> AV[Tensor]:
+    if item.mask is None:
+        return AV()
+    parts = read_mask(item.mask)
+    return AV(**{modality: parts[modality] for modality, _ in item.mask_parts.items()})
 
 
 def load_batch(training_set: TrainingSet, spec: BatchSpec) -> Batch:
@@ -77,11 +99,12 @@ def collate(
     """Stack items of one bucket.
 
     Args:
-        items: at least one; equal latent grids and text lengths.
+        items: at least one; equal latent grids (also of the references) and text lengths.
         audio_steps: cut or zero-pad every sound to this many latent steps; ``None`` pads to the longest.
         loss_weights: the dataset's overrides.
     """
     videos = [item.video for item in items if item.video is not None]
+    audio = _stack_audio(items, audio_steps)
     return Batch(
         video=VideoLatents(
             latents=torch.stack(videos),  # [B, C, F, H, W]
@@ -89,13 +112,15 @@ def collate(
         )
         if videos
         else None,
-        audio=_stack_audio(items, audio_steps),
+        audio=audio,
         text=TextEmbeds(
             video=_stack_text(items, "video"),
             audio=_stack_text(items, "audio"),
             mask=_stack_masks(items),
         ),
         keys=tuple(item.key for item in items),
+        references=AV(video=_stack_references(items), audio=_stack_reference_audio(items)),
+        masks=AV(video=_stack_video_masks(items), audio=_stack_audio_masks(items, audio)),
         loss_weights=loss_weights or AV(),
     )
 
@@ -115,6 +140,46 @@ def _stack_audio(items: Sequence[LoadedItem], steps: int | None) -> AudioLatents
         lengths=torch.tensor([min(item.audio_length, steps) for item in items], dtype=torch.int64),
         virtual_grid=torch.tensor(grids, dtype=torch.int64) if len(grids) == len(items) else None,
     )
+
+
+def _stack_references(items: Sequence[LoadedItem]) -> VideoLatents | None:
+    """References at the frame rate of their targets; ``None`` if the items have none."""
+    references = [item.reference for item in items if item.reference is not None]
+    if not references:
+        return None
+    fps = torch.tensor([item.fps for item in items], dtype=torch.float32)
+    return VideoLatents(torch.stack(references), fps)  # [B, C, F, H, W]
+
+
+def _stack_reference_audio(items: Sequence[LoadedItem]) -> AudioLatents | None:
+    """Reference sounds, zero-padded to the longest; they are not cut, whatever happens to the targets."""
+    sounds = [item.reference_audio for item in items if item.reference_audio is not None]
+    if not sounds:
+        return None
+    lengths = [sound.shape[1] for sound in sounds]
+    padded = [pad(sound, (0, 0, 0, max(lengths) - sound.shape[1])) for sound in sounds]
+    return AudioLatents(torch.stack(padded), torch.tensor(lengths, dtype=torch.int64))  # [B, 8, T, 16]
+
+
+def _stack_video_masks(items: Sequence[LoadedItem]) -> Tensor | None:
+    """[B, F, H, W], 0 for an item without a mask; ``None`` if no item has one."""
+    template = next((item.masks.video for item in items if item.masks.video is not None), None)
+    if template is None:
+        return None
+    empty = torch.zeros_like(template)
+    return torch.stack([empty if item.masks.video is None else item.masks.video for item in items])
+
+
+def _stack_audio_masks(items: Sequence[LoadedItem], audio: AudioLatents | None) -> Tensor | None:
+    """[B, T], 0 where an item has no mask and in the padding; ``None`` if no item has one."""
+    if audio is None or all(item.masks.audio is None for item in items):
+        return None
+    stacked = torch.zeros(len(items), audio.latents.shape[2])
+    for row, item in zip(stacked, items, strict=True):
+        if item.masks.audio is not None:
+            steps = min(item.masks.audio.shape[0], row.shape[0])
+            row[:steps] = item.masks.audio[:steps]
+    return stacked
 
 
 def _stack_text(items: Sequence[LoadedItem], modality: Modality) -> Tensor | None:

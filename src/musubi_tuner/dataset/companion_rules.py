@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .jsonl import ListedMedia
     from .schema import DatasetConfig, DatasetEntry
 
 SOURCE_DIRECTORIES = (
@@ -36,6 +37,20 @@ def companion_problems(values: Mapping[str, Any], *, listed: bool) -> Iterator[s
             yield f"{cache}: needed with {given[0]}"
         elif values[cache] and not given and not listed and not values["cache_only"]:
             yield f"{cache}: needs {' or '.join(name for name in names if name in values) or 'another kind of dataset'}"
+
+
+def listed_reference_problems(entry: DatasetEntry, media: Sequence[ListedMedia]) -> Iterator[str]:
+    """References that lines of a list name need a cache directory, and the other way round."""
+    rules = (
+        ("reference_path", "reference_cache_directory", [m.place for m in media if m.references]),
+        ("reference_audio_path", "reference_audio_cache_directory", [m.place for m in media if m.reference_audio]),
+    )
+    for key, cache, places in rules:
+        sources = [name for name in _REFERENCES[cache] if getattr(entry, name) is not None]
+        if places and getattr(entry, cache) is None:
+            yield f"{cache}: needed with the {key} of {places[0]}"
+        elif getattr(entry, cache) is not None and media and not (places or sources):
+            yield f"{cache}: no line of the list has a {key}; add it, or remove {cache}"
 
 
 def directory_problems(entry: DatasetEntry) -> Iterator[str]:

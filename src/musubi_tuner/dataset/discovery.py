@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from musubi_tuner.common.av import AV
+from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.config.model import Mode
@@ -30,6 +30,7 @@ from .cache import (
     read_text_header,
     split_clip_base,
 )
+from .companion_caches import SOUND, Companions, CompanionSearch
 from .fingerprint import cached_settings, encoder_record, short_list
 from .frames import can_start_at
 from .items import MODALITIES, CachedDataset, CachedItem, CacheProblem, MadeBy, Repair, TrainingSet
@@ -46,6 +47,7 @@ def discover(
     *,
     validation: bool = False,
     legacy_text_widths: AV[int] | None = None,
+    references: Collection[Modality] = (),
 ) -> TrainingSet:
     """The cached items of the training (or validation) datasets, with a report in the log.
 
@@ -57,12 +59,13 @@ def discover(
         mode: of the run, as :func:`musubi_tuner.dataset.schema.check_mode` gives it.
         validation: use the validation datasets.
         legacy_text_widths: widths of the video and audio embeddings, to split caches that hold ``text_*`` alone.
+        references: modalities that are trained with references, where a dataset has them.
 
     Raises:
         ConfigErrors: a dataset without any usable item, with the counts of each stage and what to do.
     """
     entries = config.validation if validation else config.datasets
-    finds = [CacheSearch(entry, mode).run() for entry in entries]
+    finds = [CacheSearch(entry, mode, references).run() for entry in entries]
     empty = [find for find in finds if not find.items and not find.problems]
     if empty:
         raise ConfigErrors([_explain_empty(find) for find in empty], f"{config.path}: no cached items")
@@ -97,6 +100,7 @@ class _Find:
     uncached: list[str] = field(default_factory=list)  # sources without latents
     textless: list[str] = field(default_factory=list)
     soundless: list[str] = field(default_factory=list)
+    incomplete: Mapping[str, list[str]] = field(default_factory=dict)  # without a reference or mask: what, to names
     changed: list[str] = field(default_factory=list)  # since the manifest was saved
     uncaptioned: int = 0
 
@@ -104,7 +108,7 @@ class _Find:
 class CacheSearch:
     """Finds the cached items of one dataset."""
 
-    def __init__(self, entry: DatasetEntry, mode: Mode) -> None:
+    def __init__(self, entry: DatasetEntry, mode: Mode, references: Collection[Modality] = ()) -> None:
         self.entry = entry
         self.mode = mode
         self.found = _Find(entry)
@@ -112,12 +116,15 @@ class CacheSearch:
         self.listed = None if entry.files is None else ListedFiles(entry.files)
         self.names = {n: path for n, path in present.items() if self.listed is None or n in self.listed}
         self.strangers = [n for n in present if n not in self.names and n.kind == "latents"]
+        self.companions = CompanionSearch(entry, mode, references, self.names)
         self.captions = self._captions()
         self._texts: dict[Path, TextHeader | None] = {}
 
     def run(self) -> _Find:
         for stem, name, header in self.current_clips():
             self._add_item(stem, name, header)
+        self.found.incomplete = self.companions.missing
+        self.found.problems += self.companions.problems
         self._note_missing()
         return self.found
 
@@ -183,6 +190,9 @@ class CacheSearch:
         if audio is None and self.mode == "audio":
             self.found.problems.append(CacheProblem("audio latents are missing", name.base, "latents"))
             return
+        companions = self.companions.find(name, latents, audio)
+        if companions is None:
+            return
         if audio is None:
             self.found.soundless.append(name.base)
         elif _made_from_other_states(latents.metadata, audio.metadata):
@@ -204,7 +214,13 @@ class CacheSearch:
                 audio_steps=audio.steps if audio else 0,
                 text_widths=text_header.widths,
                 legacy_text_width=text_header.legacy_width,
-                made_by=_made_by(latents, audio, text_header),
+                reference=companions.reference,
+                reference_grid=companions.reference_grid,
+                reference_audio=companions.reference_audio,
+                reference_audio_steps=companions.reference_audio_steps,
+                mask=companions.mask,
+                mask_parts=companions.mask_parts,
+                made_by=_made_by(latents, audio, text_header, companions),
             )
         )
 
@@ -275,13 +291,16 @@ def _shared(made_by: MadeBy) -> MadeBy:
     return made_by
 
 
-def _made_by(latents: LatentHeader, audio: AudioHeader | None, text: TextHeader) -> MadeBy:
-    headers = [header for header in (latents, audio, text) if header is not None]
+def _made_by(latents: LatentHeader, audio: AudioHeader | None, text: TextHeader, companions: Companions) -> MadeBy:
+    reference, sound = companions.reference_header, companions.reference_audio_header
+    headers = [header for header in (latents, audio, text, reference, sound) if header is not None]
     return _shared(
         MadeBy(
             video_vae=encoder_record(latents.metadata),
             audio_vae=encoder_record(audio.metadata) if audio else None,
             text=encoder_record(text.metadata),
+            reference_video=encoder_record(reference.metadata) if reference else None,
+            reference_audio=encoder_record(sound.metadata) if sound else None,
             recorded=all("cache_key" in header.metadata for header in headers),
         )
     )
@@ -390,7 +409,16 @@ def _explain_empty(find: _Find) -> str:
         return f"{counts}; run ltx2_cache_latents.py with this configuration"
     if find.textless:
         return f"{counts}; run ltx2_cache_text_encoder_outputs.py with this configuration"
+    if find.incomplete:
+        lacks = "; ".join(_incomplete(find))
+        return f"{entry.label}: no item is complete: {lacks}; run ltx2_cache_latents.py with this configuration"
     return f"{counts}; the caches ({short_list(find.strangers)}) belong to other sources than {entry.source}"
+
+
+def _incomplete(find: _Find) -> Iterable[str]:
+    for what, names in find.incomplete.items():
+        why = " (which a reference needs)" if what == SOUND else ""
+        yield f"no cached {what}{why} for {short_list(names, shown=5)}"
 
 
 def _report(finds: list[_Find], mode: Mode, purpose: str) -> Iterable[str]:
@@ -413,6 +441,7 @@ def _warnings(find: _Find, mode: Mode) -> Iterable[str]:
         yield f"no cached latents for {short_list(find.uncached)}; left out"
     if find.textless:
         yield f"no cached text for {short_list(find.textless)}; left out (ltx2_cache_text_encoder_outputs.py)"
+    yield from (f"{lacks}; left out (ltx2_cache_latents.py)" for lacks in _incomplete(find))
     if find.uncaptioned:
         yield f"{find.uncaptioned} sources without a readable caption; left out"
     if find.strangers:

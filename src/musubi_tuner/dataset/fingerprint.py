@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 NAMES_SHOWN = 5
 
 # Settings that are also metadata entries of their own.
-_PUBLIC = ("target_fps", "bucket", "start_frame")
+_PUBLIC = ("target_fps", "bucket", "start_frame", "reference_frames", "reference_downscale")
 
 
 # --- provenance ---------------------------------------------------------------------------------------------
@@ -42,22 +42,22 @@ def cache_key(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def source_stamp(path: Path) -> dict[str, str]:
-    """Size and modification time of a file, or of all images in a directory with their order."""
-    files = scan_directory(path, "image") if path.is_dir() else [path]
+def source_stamp(*paths: Path) -> dict[str, str]:
+    """Size and modification time of a file, or of several (all images of a directory) with their order."""
+    files = [file for path in paths for file in (scan_directory(path, "image") if path.is_dir() else [path])]
     stats = [file.stat() for file in files]
     stamp = {
         "source_size": str(sum(s.st_size for s in stats)),
         "source_mtime_ns": str(max((s.st_mtime_ns for s in stats), default=0)),
     }
-    if path.is_dir():  # renamed or exchanged frames keep the sum and the latest date
+    if len(paths) > 1 or paths[0].is_dir():  # renamed or exchanged files keep the sum and the latest date
         frames = [[f.name, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)]
         stamp["source_frames"] = cache_key({"frames": frames})
     return stamp
 
 
 def provenance(
-    source: Path,
+    source: Path | Sequence[Path],
     encoder: EncoderRecord | None,
     settings: Mapping[str, object],
     *,
@@ -66,13 +66,14 @@ def provenance(
     """Metadata of a cache file.
 
     Args:
-        source: the file (or directory of images) that is encoded.
+        source: the file (or directory of images) that is encoded, or several that are encoded together.
         encoder: what encodes it; ``None`` = nothing does (a placeholder).
         settings: everything else that determines the content, JSON values.
         content_in_settings: ``settings`` hold the content itself (a caption), so a new date of the source does
             not matter.
     """
-    stamp = source_stamp(source)
+    sources = [source] if isinstance(source, Path) else source
+    stamp = source_stamp(*sources)
     identity = {"encoder_id": encoder.id if encoder else "", **({} if content_in_settings else stamp)}
     if encoder and encoder.replaces:
         identity["encoder_replaces"] = encoder.replaces
@@ -81,7 +82,7 @@ def provenance(
         **stamp,
         **identity,
         **own,
-        "source_name": source.name,
+        "source_name": ", ".join(path.name for path in sources),
         "settings": json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str),
         "cache_key": cache_key({**identity, "settings": settings}),
     }
@@ -141,6 +142,7 @@ class RepairCommands:
     ltx2_checkpoint: Path
     mode: str
     gemma: tuple[str, ...] = field(default_factory=tuple)  # ("--gemma_root", "/models/gemma")
+    latents: tuple[str, ...] = field(default_factory=tuple)  # flags that latents depend on, as this run has them
     manifest: Path | None = None  # that has to be saved anew as well
 
     def __getitem__(self, repair: Repair) -> str:
@@ -150,7 +152,7 @@ class RepairCommands:
             *("--dataset_config", self.dataset_config or "<dataset configuration>"),
             *("--ltx2_checkpoint", self.ltx2_checkpoint),
             *("--ltx2_mode", self.mode),
-            *((self.gemma or ("--gemma_root", "<folder>")) if text else ()),
+            *((self.gemma or ("--gemma_root", "<folder>")) if text else self.latents),
             *(() if repair == "text anew" else ("--skip_existing",)),
             *(("--save_dataset_manifest", self.manifest) if self.manifest else ()),
         ]
@@ -204,40 +206,46 @@ def _describe(group: list[CacheProblem], commands: RepairCommands) -> str:
     return f"{short_list(names)}: {group[0].cause}; run: {commands[group[0].repair]}"
 
 
-def short_list(names: list[str]) -> str:
+def short_list(names: list[str], shown: int = NAMES_SHOWN) -> str:
     """``a, b, c and 17 more (20 in all)``"""
-    if len(names) <= NAMES_SHOWN:
+    if len(names) <= shown:
         return ", ".join(names)
-    return f"{', '.join(names[:NAMES_SHOWN])} and {len(names) - NAMES_SHOWN} more ({len(names)} in all)"
+    return f"{', '.join(names[:shown])} and {len(names) - shown} more ({len(names)} in all)"
 
 
 @dataclass(frozen=True)
 class _Made:
     """One kind of cache content."""
 
-    encoder: str  # field of EncoderIds and MadeBy
+    encoder: str  # field of EncoderIds
     what: str
     flag: str  # that names another file with the encoder
     repair: Repair
+    record: str  # field of MadeBy
 
 
 _MADE: Mapping[Modality | Literal["text"], _Made] = {
-    "video": _Made("video_vae", "video latents", "--vae", "latents"),
-    "audio": _Made("audio_vae", "audio latents", "--ltx2_checkpoint", "latents"),
-    "text": _Made("text", "text embeddings", "--ltx2_text_encoder_checkpoint", "text"),
+    "video": _Made("video_vae", "video latents", "--vae", "latents", "video_vae"),
+    "audio": _Made("audio_vae", "audio latents", "--ltx2_checkpoint", "latents", "audio_vae"),
+    "text": _Made("text", "text embeddings", "--ltx2_text_encoder_checkpoint", "text", "text"),
+}
+_MADE_REFERENCES: Mapping[Modality, _Made] = {
+    "video": _Made("video_vae", "references", "--vae", "latents", "reference_video"),
+    "audio": _Made("audio_vae", "reference sounds", "--ltx2_checkpoint", "latents", "reference_audio"),
 }
 
 
 def _made_in(mode: Mode) -> list[_Made]:
     # Mode audio keeps a placeholder instead of video latents, which no encoder made.
-    return [*(_MADE[modality] for modality in MODALITIES[mode]), _MADE["text"]]
+    modalities = MODALITIES[mode]
+    return [*(_MADE[m] for m in modalities), *(_MADE_REFERENCES[m] for m in modalities), _MADE["text"]]
 
 
 def _encoder_problems(items: Iterable[CachedItem], made: _Made, own: str | None) -> list[CacheProblem]:
     """Caches of another checkpoint than that with the encoder ``own`` or, if there are none, from a mixture."""
     wrong, by_encoder = [], defaultdict(list)
     for item in items:
-        record: EncoderRecord | None = getattr(item.made_by, made.encoder)
+        record: EncoderRecord | None = getattr(item.made_by, made.record)
         if record is None:
             continue
         by_encoder[record.id].append(item.base)
@@ -274,7 +282,7 @@ def _warn_unchecked(training_set: TrainingSet, encoders: EncoderIds) -> None:
             "%s: caches without a record of the checkpoint that made them; their shapes fit, so they are used",
             short_list(foreign),
         )
-    used = [made.encoder for made in _made_in(training_set.mode)]
+    used = list(dict.fromkeys(made.encoder for made in _made_in(training_set.mode)))
     unknown = [name.replace("_", " ") for name in used if getattr(encoders, name) is None]
     if unknown:
         logger.warning(

@@ -45,6 +45,8 @@ class MadeBy:
     video_vae: EncoderRecord | None = None
     audio_vae: EncoderRecord | None = None
     text: EncoderRecord | None = None
+    reference_video: EncoderRecord | None = None
+    reference_audio: EncoderRecord | None = None
     recorded: bool = True  # False: some file carries no metadata of ours at all
 
 
@@ -62,6 +64,12 @@ class CachedItem:
     audio_steps: int = 0  # 0 = no sound
     text_widths: AV[int] = field(default_factory=AV)  # of the separate embeddings
     legacy_text_width: int | None = None
+    reference: Path | None = None
+    reference_grid: Grid | None = None
+    reference_audio: Path | None = None
+    reference_audio_steps: int = 0
+    mask: Path | None = None
+    mask_parts: AV[bool] = field(default_factory=AV)  # what is read of the mask file
     made_by: MadeBy = MadeBy()
 
     @property

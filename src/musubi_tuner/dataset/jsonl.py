@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,8 @@ from musubi_tuner.common.text_files import read_text
 from .files import Kind, duplicate_stems, media_kind
 
 _PROBLEMS_SHOWN = 20
-_NOT_YET_SUPPORTED = {
-    re.compile(r"control_path(_\d+)?"): "control images",
-    re.compile(r"image_path_\d+"): "several targets",
-    re.compile(r"reference_(audio_)?path"): "references",
-}
+_SEVERAL_TARGETS = re.compile(r"image_path_\d+")
+_SEVERAL_CONTROLS = re.compile(r"control_path_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,8 @@ class ListedMedia:
     caption: str
     place: str  # "clips.jsonl:3"
     audio: Path | None = None  # sound of a video that lies in a file of its own
+    references: tuple[Path, ...] = ()  # images, videos or folders of images; several images are one reference
+    reference_audio: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,9 @@ class MediaList:
 def read_media_list(file: Path, kind: Kind, caption_field: str = "caption") -> MediaList:
     """The media of a JSONL file, in its order.
 
-    Each line has ``<kind>_path`` and a caption; lines of videos may have ``audio_path``. Relative paths lie
-    beside the JSONL file or else in the working directory.
+    Each line has ``<kind>_path`` and a caption; lines of videos may have ``audio_path``. References are named by
+    ``reference_path`` or ``control_path`` (of images also ``control_path_0``, ``control_path_1``, ...) and
+    ``reference_audio_path``. Relative paths lie beside the JSONL file or else in the working directory.
 
     Raises:
         UserError: the file is missing or not UTF-8.
@@ -101,23 +100,40 @@ class _Line:
     def media(self, line: str) -> ListedMedia:
         values = _json_object(line)
         path_key = f"{self.kind}_path"
-        known = [path_key, self.caption_field, *(["audio_path"] if self.kind == "video" else [])]
-        for name in values:
-            if what := _unsupported(name):
-                raise ValueError(f"{name}: {what} are not supported yet; remove the key")
+        controls = _control_keys(values)
+        if controls and self.kind != "image":
+            raise ValueError(f"{controls[0]}: only images have several control images; give control_path")
+        known = [path_key, self.caption_field, *_OPTIONAL[self.kind], *controls]
+        if several := [name for name in values if _SEVERAL_TARGETS.fullmatch(name)]:
+            raise ValueError(f"{several[0]}: LTX-2 is trained on one target per item; list it as image_path")
         self.ignored = [name for name in values if name not in known]
         for name in (path_key, self.caption_field):
             if name not in values:
                 raise ValueError(f"{name} is missing{self._hint(name, values)}")
         path = self._path(path_key, values[path_key])
         self._check_kind(path_key, path)
-        audio = values.get("audio_path") if self.kind == "video" else None
         return ListedMedia(
             path,
             _text(self.caption_field, values[self.caption_field]).strip(),
             self.place,
-            audio=None if audio is None else self._path("audio_path", audio),
+            audio=self._optional("audio_path", values) if self.kind == "video" else None,
+            references=self._references(values, controls) if self.kind != "audio" else (),
+            reference_audio=self._optional("reference_audio_path", values) if self.kind != "image" else None,
         )
+
+    def _optional(self, name: str, values: Mapping[str, Any]) -> Path | None:
+        return None if values.get(name) is None else self._path(name, values[name])
+
+    def _references(self, values: Mapping[str, Any], controls: list[str]) -> tuple[Path, ...]:
+        names = [name for name in ("reference_path", "control_path") if values.get(name) is not None]
+        groups = [[name] for name in names] + ([controls] if controls else [])
+        if len(groups) > 1:
+            raise ValueError(f"{', '.join(name for group in groups for name in group)}: give the reference once")
+        paths = [(name, self._path(name, values[name])) for group in groups for name in group]
+        for name, path in paths:
+            if media_kind(path) == "audio" or (controls and media_kind(path) != "image"):
+                raise ValueError(f"{name}: {path.name} is not {'an image' if controls else 'a picture or video'}")
+        return tuple(path for _, path in paths)
 
     def _hint(self, name: str, values: Mapping[str, Any]) -> str:
         other = next((k for k in ("video", "image", "audio") if f"{k}_path" in values), None)
@@ -156,9 +172,21 @@ def _json_object(line: str) -> dict[str, Any]:
     return values
 
 
-@lru_cache(maxsize=1024)  # every line has the same few keys
-def _unsupported(name: str) -> str | None:
-    return next((what for pattern, what in _NOT_YET_SUPPORTED.items() if pattern.fullmatch(name)), None)
+# Optional keys of a line, beside numbered control images.
+_OPTIONAL: Mapping[Kind, tuple[str, ...]] = {
+    "video": ("audio_path", "reference_path", "control_path", "reference_audio_path"),
+    "image": ("reference_path", "control_path"),
+    "audio": ("reference_audio_path",),
+}
+
+
+def _control_keys(values: Mapping[str, Any]) -> list[str]:
+    """``control_path_0``, ``control_path_1``, ... by number."""
+    numbers = sorted(int(match[1]) for name in values if (match := _SEVERAL_CONTROLS.fullmatch(name)))
+    names = [f"control_path_{number}" for number in range(len(numbers))]
+    if gaps := [name for name in names if name not in values]:
+        raise ValueError(f"{gaps[0]} is missing: control images are numbered from 0 without gaps")
+    return names
 
 
 def _text(name: str, value: object) -> str:

@@ -129,6 +129,8 @@ def bucket_key(dataset: CachedDataset, item: CachedItem) -> Hashable:
     return (
         item.grid,
         item.text_tokens,
+        item.reference_grid,
+        item.reference_audio is None,
         item.has_sound if dataset.separate_audio_buckets else None,
         _audio_bucket(dataset, item) if dataset.kind == "audio" else None,
     )

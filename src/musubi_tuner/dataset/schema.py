@@ -26,6 +26,7 @@ from .companion_rules import (
     cache_directory_problems,
     companion_problems,
     directory_problems,
+    listed_reference_problems,
 )
 from .files import ItemFiles, Kind, duplicate_stems, media_kind, scan_directory
 from .frames import Extraction, ExtractionRule
@@ -424,6 +425,7 @@ def _list_problems(entry: DatasetEntry, report: Report) -> Iterator[str]:
         return
     if not listing.media:
         yield f"{name}: {entry.source} lists nothing"
+    yield from listed_reference_problems(entry, listing.media)
     if listing.ignored:
         report.warnings.append(f"{entry.label}.{name}: keys without effect: {', '.join(listing.ignored)}")
 

@@ -22,6 +22,8 @@ class SourceItem:
     caption: str
     kind: Kind
     audio: Path | None = None  # the sound of a video, where a list names a file of its own
+    references: tuple[Path, ...] = ()  # where a list names them; several images are one reference together
+    reference_audio: Path | None = None
     place: str | None = None  # "clips.jsonl:3" of items that are listed
 
 
@@ -80,7 +82,16 @@ def list_items(entry: DatasetEntry) -> ItemListing:
 
 def _listed_items(file: Path, entry: DatasetEntry) -> Iterator[SourceItem]:
     for media in read_media_list(file, entry.kind, entry.caption_field).media:
-        yield SourceItem(media.path, media.path.stem, media.caption, entry.kind, audio=media.audio, place=media.place)
+        yield SourceItem(
+            media.path,
+            media.path.stem,
+            media.caption,
+            entry.kind,
+            audio=media.audio,
+            references=media.references,
+            reference_audio=media.reference_audio,
+            place=media.place,
+        )
 
 
 def caption_path(media: Path, extension: str) -> Path:

@@ -60,6 +60,42 @@ class NoisedTokens:
             weight=self.weight.masked_fill(keep > 0, 0.0),
         )
 
+    def prepend(
+        self,
+        clean: Tensor,
+        coords: Tensor,
+        *,
+        valid: Tensor | None = None,
+        reads_text: bool = True,
+        seen_by_other: bool = True,
+    ) -> NoisedTokens:
+        """Put clean tokens in front (a reference): level 0, no loss; ``sigma`` and the target stay as they are.
+
+        Args:
+            clean: [B, M, C].
+            coords: [B, A, M, 2] token bounds.
+            valid: [B, M] bool, False = padding; ``None`` = no padding.
+            reads_text: whether these tokens attend to the text.
+            seen_by_other: whether the other modality attends to these tokens.
+        """
+        shape = clean.shape[:2]
+        before = self.weight.new_zeros(shape)
+        none = None if reads_text else torch.zeros(shape, dtype=torch.bool, device=clean.device)
+        unseen = None if seen_by_other else torch.zeros(shape, dtype=torch.bool, device=clean.device)
+        moved = shape[1]
+        return replace(
+            self,
+            clean=torch.cat([clean, self.clean], dim=1),
+            noise=torch.cat([clean, self.noise], dim=1),  # velocity 0
+            t=torch.cat([before.to(self.t.dtype), self.t.expand_as(self.weight)], dim=1),
+            coords=torch.cat([coords, self.coords], dim=2),
+            weight=torch.cat([before, self.weight], dim=1),
+            target=slice(self.target.start + moved, self.target.stop + moved),
+            valid=_joined(valid, self.valid, shape, self.weight.shape, clean.device),
+            reads_text=_joined(none, self.reads_text, shape, self.weight.shape, clean.device),
+            seen_by_other=_joined(unseen, self.seen_by_other, shape, self.weight.shape, clean.device),
+        )
+
     def as_input(
         self,
         context: Tensor,
@@ -94,6 +130,17 @@ class NoisedTokens:
         for mask in masks[1:]:
             visible = visible & mask
         return visible[:, None, :].to(torch.float32)
+
+
+def _joined(
+    first: Tensor | None, second: Tensor | None, shape: torch.Size, other_shape: torch.Size, device: torch.device
+) -> Tensor | None:
+    """Two masks of the given shapes one after the other; ``None`` stands for all True."""
+    if first is None and second is None:
+        return None
+    parts = zip((first, second), (shape, other_shape), strict=True)
+    masks = [torch.ones(s, dtype=torch.bool, device=device) if mask is None else mask for mask, s in parts]
+    return torch.cat(masks, dim=1)
 
 
 def patchify_video(latents: Tensor) -> Tensor:

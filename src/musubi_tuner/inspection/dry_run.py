@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,10 +33,12 @@ from musubi_tuner.dataset.clips import (
 )
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.media import MediaError
+from musubi_tuner.dataset.references import reference_shape
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry, check_mode, load_dataset_config
 from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
 from musubi_tuner.models.checkpoint import Checkpoint
 
+from .companions import log_companions
 from .examine import unreadable
 from .report import count_text, time_text
 
@@ -53,11 +56,13 @@ class Estimate:
     entry: DatasetEntry
     files: int
     failed: int  # by their headers, or without a caption
+    missing: int  # references and masks
     clips: int
     cached: int  # clips whose latents have a file of the right name
     megapixels: float  # of all clips
     latent_bytes: int
     audio_bytes: int
+    reference_bytes: int
     decode_seconds: float  # of one worker
 
 
@@ -68,7 +73,7 @@ def run_dry_run(config: CacheLatentsConfig) -> int:
         UserError: the dataset configuration is wrong.
     """
     assert config.dataset.dataset_config is not None
-    datasets = load_dataset_config(config.dataset.dataset_config)
+    datasets = load_dataset_config(config.dataset.dataset_config, command_line=config.references.dataset_defaults)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)
     workers = config.dataset.num_workers or default_workers()
     rate = config.without.encode_rate
@@ -78,7 +83,7 @@ def run_dry_run(config: CacheLatentsConfig) -> int:
         if rate is None and config.checkpoint.ltx2_checkpoint is not None and mode != "audio":
             rate = _timed_rate(config, datasets)
     _log_time(estimates, rate, workers)
-    failed = sum(estimate.failed for estimate in estimates)
+    failed = sum(estimate.failed + estimate.missing for estimate in estimates)
     return 0 if config.dataset.allow_failed else int(failed > 0)
 
 
@@ -98,6 +103,7 @@ def _estimate(entry: DatasetEntry, config: CacheLatentsConfig, mode: Mode, worke
         entry,
         files=len(listing.items) + len(listing.problems),
         failed=failed + len(listing.problems),
+        missing=log_companions(entry, mode, listing.items),
         clips=len(clips),
         cached=sum(_cache_name(plan, window) in existing for plan, window in clips),
         megapixels=sum(_megapixels(plan, window) for plan, window in clips),
@@ -107,6 +113,7 @@ def _estimate(entry: DatasetEntry, config: CacheLatentsConfig, mode: Mode, worke
             for plan, window in clips
             if plan.has_audio and mode != "video"
         ),
+        reference_bytes=sum(_reference_bytes(plan, entry, item_bytes) for plan, _ in clips) if mode != "audio" else 0,
         decode_seconds=_decode_seconds(entry, [plan.item for plan in plans], mode, _audio_source(config)),
     )
 
@@ -157,6 +164,14 @@ def _latent_values(plan: ItemPlan, window: ClipWindow | None) -> int:
         return _CHANNELS
     frames, height, width = latent_grid(window.count, plan.bucket)
     return _CHANNELS * frames * height * width
+
+
+def _reference_bytes(plan: ItemPlan, entry: DatasetEntry, item_bytes: int) -> int:
+    """Of one clip; control images, of which there may be several, count as one."""
+    if entry.reference_cache_directory is None:
+        return 0
+    frames, size = reference_shape(entry, (), plan.bucket)
+    return _HEADER_BYTES + _CHANNELS * math.prod(latent_grid(frames, size)) * item_bytes
 
 
 def _audio_latent_steps(plan: ItemPlan, window: ClipWindow | None, fps: float) -> int:
@@ -230,11 +245,12 @@ def _table(estimates: Sequence[Estimate]) -> str:
             e.cached,
             format_bytes(e.latent_bytes),
             format_bytes(e.audio_bytes),
+            format_bytes(e.reference_bytes),
         ]
         for e in estimates
     ]
-    headers = ("dataset", "kind", "files", "failed", "clips", "cached before", "latents", "sound")
-    total = format_bytes(sum(e.latent_bytes + e.audio_bytes for e in estimates))
+    headers = ("dataset", "kind", "files", "failed", "clips", "cached before", "latents", "sound", "references")
+    total = format_bytes(sum(e.latent_bytes + e.audio_bytes + e.reference_bytes for e in estimates))
     clips = sum(e.clips for e in estimates)
     title = f"dry run: {clips} clips, {total} of latent caches (nothing is written)"
     return format_table(headers, rows, title=title)

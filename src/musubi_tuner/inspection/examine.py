@@ -10,10 +10,12 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import Size, audio_latent_length, latent_grid
 from musubi_tuner.dataset.clips import AudioSource, ItemPlan, PreparedClip, iter_clips, plan_item, require_files
+from musubi_tuner.dataset.companions import Companions
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.schema import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem
 
+from .companions import Accompanied, CompanionView, look_at
 from .findings import Finding, caption_findings, level_db, picture_findings, size_findings, sound_findings
 from .pictures import frame_strip, wave_bars
 from .timing import FrameUse, Timing, read_timing
@@ -68,6 +70,7 @@ class ItemReport:
     duration: float | None = None  # seconds
     unused: tuple[Unused, ...] = ()
     findings: tuple[Finding, ...] = ()
+    companions: tuple[CompanionView, ...] = ()  # references and masks
 
     @property
     def all_findings(self) -> tuple[Finding, ...]:
@@ -79,12 +82,20 @@ class ItemReport:
         return any(clip.audio_tokens for clip in self.clips)
 
 
-def examine(item: SourceItem, entry: DatasetEntry, *, mode: Mode, audio_source: AudioSource) -> ItemReport:
-    """Decode an item clip by clip. A damaged file becomes a finding."""
+def examine(
+    item: SourceItem,
+    entry: DatasetEntry,
+    *,
+    mode: Mode,
+    audio_source: AudioSource,
+    companions: Companions = Companions(),  # noqa: B008 (frozen)
+) -> ItemReport:
+    """Decode an item clip by clip, with what accompanies the first. A damaged file becomes a finding."""
     findings = list(caption_findings(item.caption))
     clips: list[ClipReport] = []
     plan: ItemPlan | None = None
     timing: Timing | None = None
+    accompanied = Accompanied()
     try:
         require_files(item, with_audio=mode == "av")
         plan = plan_item(item, entry, audio_source)
@@ -97,6 +108,8 @@ def examine(item: SourceItem, entry: DatasetEntry, *, mode: Mode, audio_source: 
         for clip in iter_clips(item, entry, with_audio=mode == "av", audio_source=audio_source):
             if item.path.is_dir() and not clips:
                 findings += _order_findings(clip)
+            if not clips:
+                accompanied = look_at(companions, entry, mode, clip)
             clips.append(_clip_report(clip, timing, pictures=len(clips) < CLIPS_SHOWN))
         findings += _length_findings(entry, plan, clips)
     except UserError as error:
@@ -110,7 +123,8 @@ def examine(item: SourceItem, entry: DatasetEntry, *, mode: Mode, audio_source: 
         timing=timing.describe() if timing else "",
         duration=timing.duration if timing else _duration(plan, clips),
         unused=tuple(_unused(entry, timing, clips)) if timing else (),
-        findings=tuple(findings),
+        findings=(*findings, *accompanied.findings),
+        companions=accompanied.views,
     )
 
 

@@ -10,6 +10,7 @@ from musubi_tuner.common.atomic import write_text
 from musubi_tuner.common.web_page import data_uri, section, web_page
 from musubi_tuner.dataset.schema import DatasetEntry
 
+from .companions import CompanionView
 from .examine import ClipReport, ItemReport
 from .findings import Finding
 from .pictures import picture_width
@@ -209,7 +210,7 @@ def _card(report: ItemReport, anchor: str) -> str:
     return (
         f"<article id='{anchor}'{' class=remarkable' if report.all_findings else ''}><header>{header}</header>"
         f"{_caption(report.item.caption)}{_remarks(report.findings)}{_timeline(report)}"
-        f"{''.join(map(_clip, shown))}{more}</article>"
+        f"{''.join(map(_clip, shown))}{more}{''.join(map(_companion, report.companions))}</article>"
     )
 
 
@@ -245,6 +246,10 @@ def _timeline(report: ItemReport) -> str:
         "<div class='timeline'><svg viewBox='0 0 1000 12' preserveAspectRatio='none'>"
         f"<rect class='all' width='1000' height='12' rx='2'/>{bars}</svg><span>{escape(text)}</span></div>"
     )
+
+
+def _companion(view: CompanionView) -> str:
+    return _figure(strip=view.strip, wave=view.wave, text=escape(view.text))
 
 
 def _clip(clip: ClipReport) -> str:

@@ -15,6 +15,7 @@ from musubi_tuner.common.atomic import atomic_path
 from musubi_tuner.common.progress import progress
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.config.caching import CacheLatentsConfig
+from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import AUDIO_RATE, audio_latent_length, latent_grid
 from musubi_tuner.dataset.clips import AudioSource, PreparedClip, iter_clips
 from musubi_tuner.dataset.schema import DatasetEntry, check_mode, load_dataset_config
@@ -22,6 +23,7 @@ from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_probl
 from musubi_tuner.generation.decode import Sound
 from musubi_tuner.generation.write import write_mp4, write_wav
 
+from .companions import log_companions
 from .examine import unreadable
 from .findings import level_db
 from .pictures import side_by_side
@@ -40,7 +42,7 @@ def show_prepared(config: CacheLatentsConfig, form: Form) -> int:
     """
     path, audio = config.dataset.dataset_config, config.audio
     assert path is not None
-    datasets = load_dataset_config(path)
+    datasets = load_dataset_config(path, command_line=config.references.dataset_defaults)
     mode = check_mode(datasets, config.checkpoint.ltx2_mode)
     source = AudioSource(audio.ltx2_audio_source, audio.ltx2_audio_dir, audio.ltx2_audio_ext)
     failed = 0
@@ -51,6 +53,7 @@ def show_prepared(config: CacheLatentsConfig, form: Form) -> int:
             form,
             folder,
             source if mode == "av" else None,
+            mode=mode,
             workers=config.dataset.num_workers or default_workers(),
         )
         if form != "console":
@@ -58,8 +61,10 @@ def show_prepared(config: CacheLatentsConfig, form: Form) -> int:
     return 0 if config.dataset.allow_failed else int(failed > 0)
 
 
-def _show_dataset(entry: DatasetEntry, form: Form, folder: Path, sound: AudioSource | None, *, workers: int) -> int:
-    """The number of files that cannot be used."""
+def _show_dataset(
+    entry: DatasetEntry, form: Form, folder: Path, sound: AudioSource | None, *, mode: Mode, workers: int
+) -> int:
+    """The number of files that cannot be used, and of references and masks that are missing."""
 
     def work(item: SourceItem) -> Iterator[PreparedClip]:
         return iter_clips(item, entry, with_audio=sound is not None, audio_source=sound)
@@ -67,7 +72,7 @@ def _show_dataset(entry: DatasetEntry, form: Form, folder: Path, sound: AudioSou
     listing = list_items(entry)
     if listing.problems:
         logger.warning("%s: %s", entry.label, summarize_problems(listing.problems))
-    rows, failed = [], 0
+    rows, failed = [], log_companions(entry, mode, listing.items)
     streams = read_ahead(listing.items, work, workers=workers, describe=lambda item: str(item.path))
     with progress(total=len(listing.items), desc=f"{entry.label} ({entry.kind})", unit="file") as bar:
         for item, results in streams:

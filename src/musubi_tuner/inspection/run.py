@@ -13,9 +13,11 @@ from musubi_tuner.common.progress import progress
 from musubi_tuner.config.inspect import InspectConfig
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.companions import find_companions
 from musubi_tuner.dataset.schema import DatasetEntry, check_mode, load_dataset_config
 from musubi_tuner.dataset.sources import ItemListing, Problem, SourceItem, list_items
 
+from .companions import counts_text
 from .duplicates import find_duplicates
 from .examine import ItemReport, examine, unreadable
 from .findings import Finding
@@ -86,8 +88,12 @@ def _examine_all(
 ) -> list[ItemReport]:
     """All items by path. Pictures are kept of the first ``max_shown`` and of as many remarkable ones."""
 
+    companions = find_companions(entry, listing.items, mode)
+    if counts := counts_text(entry, mode, listing.items, companions):
+        logger.info("%s: %s", entry.label, counts)
+
     def work(item: SourceItem) -> Iterator[ItemReport]:
-        yield examine(item, entry, mode=mode, audio_source=audio_source)
+        yield examine(item, entry, mode=mode, audio_source=audio_source, companions=companions.of(item))
 
     reports = [_left_out(problem, entry) for problem in listing.problems]
     shown = remarkable = 0
@@ -118,7 +124,7 @@ def _failed(item: SourceItem, error: Exception) -> ItemReport:
 
 
 def _without_pictures(report: ItemReport) -> ItemReport:
-    return replace(report, clips=tuple(replace(clip, preview=None) for clip in report.clips))
+    return replace(report, companions=(), clips=tuple(replace(clip, preview=None) for clip in report.clips))
 
 
 def _with(report: ItemReport, findings: Sequence[Finding]) -> ItemReport:

@@ -18,6 +18,7 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.config import TransformerConfig
 
 from .audio_batches import audio_mixing, report_sound
+from .references import reference_downscale, reference_modalities
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
     """
     data = config.data
     options = {
+        **_reference_options(config),
         "separate_audio_buckets": data.separate_audio_buckets,
         "audio_bucket_strategy": data.audio_bucket_strategy,
         "audio_bucket_interval": data.audio_bucket_interval,
@@ -43,6 +45,11 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
     return datasets, replace(config, checkpoint=replace(config.checkpoint, ltx2_mode=mode))
 
 
+def _reference_options(config: TrainNetworkConfig) -> dict[str, int]:
+    settings = config.references
+    return {"reference_frames": settings.reference_frames, "reference_downscale": settings.reference_downscale}
+
+
 def make_loader(
     config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int, world_size: int
 ) -> BatchLoader:
@@ -50,7 +57,7 @@ def make_loader(
 
     Raises:
         ConfigErrors: no items, or caches that another checkpoint, mode or configuration made.
-        UserError: batches with sound are asked for, and there are none.
+        UserError: references of different relative sizes; batches with sound are asked for, and there are none.
     """
     training_set = _checked_set(config, datasets, checkpoint)
     plan = BatchPlan(training_set, seed, mixing=audio_mixing(config, world_size))
@@ -78,7 +85,13 @@ def _checked_set(
 ) -> TrainingSet:
     mode = config.checkpoint.ltx2_mode
     widths = text_widths(checkpoint)
-    training_set = discover(datasets, mode, validation=validation, legacy_text_widths=widths)
+    training_set = discover(
+        datasets,
+        mode,
+        validation=validation,
+        legacy_text_widths=widths,
+        references=reference_modalities(config),
+    )
     gemma = config.gemma
     check_caches(
         training_set,
@@ -92,10 +105,12 @@ def _checked_set(
             ltx2_checkpoint=config.checkpoint.ltx2_checkpoint,
             mode=mode,
             gemma=("--gemma_root", str(gemma.gemma_root)) if gemma.gemma_root else (),
+            latents=tuple(part for k, v in _reference_options(config).items() if v != 1 for part in (f"--{k}", str(v))),
             manifest=config.data.dataset_manifest,
         ),
         text_widths=widths,
     )
+    reference_downscale(training_set)
     return training_set
 
 

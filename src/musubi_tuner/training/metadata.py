@@ -10,6 +10,8 @@ from typing import Any
 
 from musubi_tuner.config.training import TrainNetworkConfig
 
+from .references import audio_flags
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -29,11 +31,17 @@ class RunFacts:
     optimizer: str
     mixed_precision: str
     datasets: list[dict[str, Any]]
+    reference_downscale: int = 1
+    num_with_reference: int = 0
 
 
 def training_metadata(config: TrainNetworkConfig, facts: RunFacts, *, step: int, epoch: int) -> dict[str, str]:
     """Metadata of a file saved at a step, beside the network's own; the minimum only with ``--no_metadata``."""
     values: dict[str, Any] = {"ss_base_model_version": f"ltx2_{facts.version}"}
+    if facts.reference_downscale != 1:  # sampling needs it, so it is no matter of choice
+        values |= dict.fromkeys(
+            ("ss_reference_downscale_factor", "reference_downscale_factor"), facts.reference_downscale
+        )
     if config.network.metadata:
         values |= _full(config, facts) | {"ss_steps": step, "ss_epoch": epoch} | _modelspec(config, facts)
     return {k: str(v) for k, v in values.items() if v is not None}
@@ -81,10 +89,19 @@ def _full(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:
         "ltx_version": facts.version,
         "ltx_mode": config.checkpoint.ltx2_mode,
         "lora_target_preset": facts.preset,
+        **_references(config),
         "datasets": json.dumps(facts.datasets),
         "sd_model_name": config.checkpoint.ltx2_checkpoint.name if config.checkpoint.ltx2_checkpoint else None,
     }
     return {f"ss_{k}": v for k, v in values.items()}
+
+
+def _references(config: TrainNetworkConfig) -> Mapping[str, Any]:
+    strategy = config.references.ic_lora_strategy
+    values: dict[str, Any] = {"ic_lora_strategy": strategy, "v2v_training": True if strategy == "v2v" else None}
+    if strategy == "audio_ref_only_ic":  # sampling has to do the same
+        values |= audio_flags(config)
+    return values
 
 
 def _modelspec(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:

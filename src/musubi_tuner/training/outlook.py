@@ -9,8 +9,9 @@ from typing import TypeVar
 
 import torch
 
+from musubi_tuner.common.av import Modality
 from musubi_tuner.config.model import Mode
-from musubi_tuner.dataset.items import CachedItem
+from musubi_tuner.dataset.items import MODALITIES, CachedItem
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
 from musubi_tuner.diffusion.tokens import AUDIO_LATENTS_PER_SECOND, VIDEO_TIME_STRIDE
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
@@ -63,15 +64,17 @@ def trained_by_stream(names: Sequence[str], parameters: Iterable[torch.nn.Parame
 
 
 def batch_size(plan: BatchPlan, spec: BatchSpec, *, silence: bool = False) -> BatchSize:
-    """Tokens of a batch, as the model gets them; with ``silence`` clips without sound get it."""
+    """Tokens of a batch with its references, as the model gets them; with ``silence`` clips without sound get it."""
     mode = plan.training_set.mode
     dataset = plan.training_set.datasets[spec.dataset]
     items = [dataset.items[position] for position, _ in spec.samples]
-    video = 0 if mode == "audio" else sum(math.prod(item.grid) for item in items)
+    grids = [] if mode == "audio" else [item.grid for item in items]
+    grids += [item.reference_grid for item in items if item.reference_grid is not None]
     steps = max(_audio_steps(item, mode, silence) for item in items)
     if spec.audio_steps is not None:
         steps = min(steps, spec.audio_steps)
-    return BatchSize(video, steps * len(items))
+    steps += max(item.reference_audio_steps for item in items)
+    return BatchSize(sum(map(math.prod, grids)), steps * len(items))
 
 
 def _audio_steps(item: CachedItem, mode: Mode, silence: bool) -> int:
@@ -148,6 +151,7 @@ def modality_warnings(
     mode: Mode,
     trained: Mapping[str, Trained],
     *,
+    learning: Sequence[Modality],
     weights: Mapping[str, Sequence[float]],
     has_sound: bool,
     silence: bool,
@@ -157,11 +161,12 @@ def modality_warnings(
 
     Args:
         trained: by stream.
+        learning: modalities whose modules are to be trained.
         weights: the loss weights of the datasets by modality.
     """
     found = []
-    for wanted in ("video", "audio") if mode == "av" else (mode,):
-        if wanted not in trained:
+    for wanted in MODALITIES[mode]:
+        if wanted in learning and wanted not in trained:
             found.append(
                 f"mode {mode}, but no {wanted} module is trained; see --lora_target_preset, include_patterns and the "
                 "learning rates"

@@ -13,6 +13,7 @@ import torch
 
 from musubi_tuner.common.tables import format_bytes, format_table
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.items import MODALITIES
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
@@ -27,6 +28,7 @@ from .outlook import (
     tokens_per_step,
     trained_by_stream,
 )
+from .references import reference_downscale
 from .setup import Compute
 from .state import Progress
 from .step import TaskSettings
@@ -63,6 +65,10 @@ def run_facts(
         optimizer=f"{type(optimizer).__module__}.{type(optimizer).__name__}({options})",
         mixed_precision=compute.mixed_precision,
         datasets=_describe_datasets(loader),
+        reference_downscale=reference_downscale(loader.plan.training_set),
+        num_with_reference=sum(
+            item.reference is not None or item.reference_audio is not None for item in loader.plan.training_set.items()
+        ),
     )
 
 
@@ -103,6 +109,7 @@ def report_plan(
             "optimizer": facts.optimizer.partition("(")[0],
             "learning rate": f"{rate:g}, {loop.lr_scheduler}, {facts.warmup_steps} warm-up steps",
             "items": facts.num_items,
+            **_reference_facts(config, facts),
             **_sound(mode, plan, specs),
             "batches an epoch": len(specs),
             "steps": f"{facts.max_train_steps} of {loop.accumulation} x {loop.world_size} batches",
@@ -115,6 +122,8 @@ def report_plan(
     for warning in modality_warnings(
         mode,
         trained,
+        # The voice of a recording is learnt by the modules of sound, also where video is generated beside it.
+        learning=("audio",) if config.references.ic_lora_strategy == "audio_ref_only_ic" else MODALITIES[mode],
         weights=_loss_weights(config, plan),
         has_sound=any(item.has_sound for item in plan.training_set.items()),
         silence=silence,
@@ -144,6 +153,12 @@ def _loss_weights(config: TrainNetworkConfig, plan: BatchPlan) -> dict[str, list
     flags = {"video": config.loss.video_loss_weight, "audio": config.loss.audio_loss_weight}
     overrides = [dataset.loss_weights for dataset in plan.training_set.datasets]
     return {name: [weight if own[name] is None else own[name] for own in overrides] for name, weight in flags.items()}
+
+
+def _reference_facts(config: TrainNetworkConfig, facts: RunFacts) -> dict[str, object]:
+    strategy = config.references.ic_lora_strategy
+    size = f", downscale {facts.reference_downscale}" if strategy == "v2v" else ""
+    return {} if strategy == "none" else {"references": f"{strategy}, {facts.num_with_reference} items{size}"}
 
 
 def _describe_datasets(loader: BatchLoader) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from accelerate.utils import broadcast_object_list
 
 from musubi_tuner.common.errors import ConfigErrors
+from musubi_tuner.config.references import resolve_strategy
 from musubi_tuner.config.rules_training import mode_fits
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.models.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ from .dry_run import run_dry_run
 from .outlook import by_stream
 from .plan import report_plan, run_facts
 from .previews import Previewer, make_decoders, prepare_jobs, wants_previews
+from .references import check_references
 from .resume import find_resumed, resume_settings
 from .saving import Saver
 from .setup import (
@@ -56,6 +58,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     if unfit := list(mode_fits(config)):  # again: the datasets may have changed the mode
         raise ConfigErrors(unfit, "invalid arguments")
     config = _with_implied(config, explicit)
+    check_references(config, datasets)
     resumed = find_resumed(config)
     compute = make_compute(config)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
@@ -123,10 +126,16 @@ def _seed(config: TrainNetworkConfig) -> int:
 
 def _with_implied(config: TrainNetworkConfig, explicit: frozenset[str]) -> TrainNetworkConfig:
     """Fill in what one flag implies for another."""
-    if config.checkpoint.ltx2_mode == "audio" and "lora_target_preset" not in explicit:
-        logger.info("--ltx2_mode audio: using --lora_target_preset audio")
-        config = replace(config, network=replace(config.network, lora_target_preset="audio"))
-    return config
+    network, references = config.network, config.references
+    if "lora_target_preset" not in explicit:
+        if config.checkpoint.ltx2_mode == "audio":
+            logger.info("--ltx2_mode audio: using --lora_target_preset audio")
+            network = replace(network, lora_target_preset="audio")
+        elif references.ic_lora_strategy == "audio_ref_only_ic":
+            logger.info("--ic_lora_strategy audio_ref_only_ic: using the --lora_target_preset of that name")
+            network = replace(network, lora_target_preset="audio_ref_only_ic")
+    strategy = resolve_strategy(references.ic_lora_strategy, network.lora_target_preset)
+    return replace(config, network=network, references=replace(references, ic_lora_strategy=strategy))
 
 
 def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], progress: Progress) -> None:

@@ -35,6 +35,7 @@ from .audio_watch import AudioWatch
 from .distributed import check_launch
 from .lr_schedulers import ScheduleSettings, lr_factor, resolve_steps
 from .optimizers import create_optimizer, optimizer_class
+from .references import audio_reference_rules
 from .state import Progress
 from .step import TaskSettings
 from .supervision import SupervisionSettings
@@ -209,6 +210,7 @@ def task_settings(
         first_frame_p=loss.ltx2_first_frame_conditioning_p,
         caption_dropout_rate=loss.caption_dropout_rate,
         independent_audio_timestep=config.timestep.independent_audio_timestep,
+        audio_reference=audio_reference_rules(config),
         level_pool=None if buckets is None else LevelPool(seed, buckets, samples),
         silence_weight=config.audio_loss.audio_silence_regularizer_weight
         if config.audio_loss.audio_silence_regularizer

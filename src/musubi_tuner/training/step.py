@@ -10,7 +10,8 @@ from torch import Tensor
 
 from musubi_tuner.common.av import AV
 from musubi_tuner.conditioning.caption_dropout import drop_captions
-from musubi_tuner.conditioning.intrinsic import condition_first_frame
+from musubi_tuner.conditioning.intrinsic import condition_first_frame, condition_masks
+from musubi_tuner.conditioning.reference import AudioReferenceRules, prepend_references
 from musubi_tuner.conditioning.silence import fill_silence, part_silence
 from musubi_tuner.dataset.batch import Batch, TextEmbeds
 from musubi_tuner.diffusion.level_pool import LevelPool
@@ -36,6 +37,7 @@ class TaskSettings:
     first_frame_p: float = 0.0
     caption_dropout_rate: float = 0.0
     independent_audio_timestep: bool = False
+    audio_reference: AudioReferenceRules = AudioReferenceRules()
     level_pool: LevelPool | None = None  # spreads the levels of an epoch evenly
     silence_weight: float | None = None  # factor of the audio loss of clips without sound; None = no audio for them
     audio_only_side: int | None = None  # mode audio: latent cells of a side of the virtual video; None = as cached
@@ -84,6 +86,8 @@ def prepare_view(
         device=settings.device,
     )
     tokens = condition_first_frame(tokens, settings.first_frame_p, draws("first_frame"))
+    tokens = condition_masks(tokens, batch.masks)
+    tokens = prepend_references(tokens, batch.references, settings.audio_reference)
     text = drop_captions(batch.text, settings.caption_dropout_rate, draws("caption_dropout"))
     overrides = batch.loss_weights
     weights = settings.weights.map_named(lambda name, w: w if overrides[name] is None else overrides[name])

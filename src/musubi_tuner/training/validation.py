@@ -67,8 +67,10 @@ def item_loss(
     num_blocks = len(transformer.transformer_blocks)
     view = prepare_view(batch, task, epoch=_EPOCH, num_blocks=num_blocks, quantiles=quantiles)
     terms = view_losses(transformer, view, task)
-    level = int(level_range(view.sigma))
-    return ItemLoss(float(total(terms)), {name: float(term.mean()) for name, term in terms.items()}, level)
+    # A mask may leave nothing of a modality to learn.
+    found = {name: term for name, term in terms.items() if term.valid is None or bool(term.valid.any())}
+    means = {name: float(term.mean()) for name, term in found.items()}
+    return ItemLoss(float(total(terms)), means, int(level_range(view.sigma)))
 
 
 @dataclass

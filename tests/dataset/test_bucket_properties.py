@@ -32,7 +32,7 @@ from musubi_tuner.dataset.frames import (
     resample_indices,
     sample_frames,
 )
-from musubi_tuner.dataset.media import resize_to_bucket
+from musubi_tuner.dataset.resize import resize_to_bucket
 
 fast = settings(max_examples=50, derandomize=True, deadline=None, database=None)
 

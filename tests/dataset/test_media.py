@@ -14,8 +14,8 @@ from musubi_tuner.dataset.media import (
     open_video,
     probe_video,
     read_image,
-    resize_to_bucket,
 )
+from musubi_tuner.dataset.resize import resize_to_bucket
 
 
 def _read(path) -> list[tuple[float, np.ndarray]]:

@@ -19,6 +19,7 @@ from musubi_tuner.dataset.buckets import floor_frames
 from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches, split_clip_base, write_audio, write_latents
 from musubi_tuner.dataset.clips import PreparedClip, base_name, iter_clips, plan_item, require_files
 from musubi_tuner.dataset.companions import find_companions
+from musubi_tuner.dataset.frame_store import BlockPool
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
@@ -112,6 +113,7 @@ class _DatasetRun:
         self.targets: dict[CacheName, Target] = {}
         self.lengths: dict[int, int] = defaultdict(int)  # videos by clip length
         self.videos = 0  # read to their end
+        self.pool = BlockPool()
         self.groups = _Groups(options.batch_size or entry.batch_size)
         remove_partial(entry.cache_directory, _KINDS)
         # Read once: which caches each source has now.
@@ -180,7 +182,14 @@ class _DatasetRun:
             yield from current
             return
         recipe = self.recipe
-        for clip in iter_clips(item, self.entry, with_audio=recipe.mode == "av", audio_source=recipe.audio_source):
+        clips = iter_clips(
+            item,
+            self.entry,
+            with_audio=recipe.mode == "av",
+            audio_source=recipe.audio_source,
+            pool=self.pool,
+        )
+        for clip in clips:
             outputs = clip_outputs(
                 recipe,
                 self.entry,

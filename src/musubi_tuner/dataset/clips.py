@@ -18,6 +18,7 @@ import numpy as np
 from .audio import AudioTrack, NoAudio, cut_clip, probe_audio, to_16k
 from .buckets import AUDIO_RATE, IMAGE_FPS, SHORTEST_SOUND, Size
 from .cache import clip_base
+from .frame_store import BlockPool, FrameStore, join
 from .frames import (
     ClipWindow,
     Cut,
@@ -38,8 +39,8 @@ from .media import (
     open_video,
     probe_video,
     read_image,
-    resize_to_bucket,
 )
+from .resize import resize_to_bucket
 from .schema import DatasetEntry
 from .sources import SourceItem
 
@@ -142,6 +143,7 @@ def iter_clips(
     with_audio: bool,
     audio_source: AudioSource | None = None,
     decode_threads: int = 1,
+    pool: BlockPool | None = None,
 ) -> Iterator[PreparedClip]:
     """Decode an item and yield its clips, each as soon as it is complete.
 
@@ -152,6 +154,7 @@ def iter_clips(
         with_audio: cut the sound of videos too; sound without picture always has it.
         audio_source: where the sound of videos comes from; by default from the video itself.
         decode_threads: of one video decoder; 0 = one for each core.
+        pool: shares the memory of clips that are done with between calls.
 
     Raises:
         MediaError: the file is missing, damaged, of unknown frame rate, or too small for a bucket.
@@ -163,7 +166,7 @@ def iter_clips(
         yield _audio_clip(item, entry)
     else:
         sound = audio_source or AudioSource() if with_audio else None
-        yield from _video_clips(item, entry, sound, decode_threads)
+        yield from _video_clips(item, entry, sound, decode_threads, pool or BlockPool())
 
 
 def require_files(item: SourceItem, *, with_audio: bool) -> None:
@@ -233,7 +236,11 @@ def _audio_clip(item: SourceItem, entry: DatasetEntry) -> PreparedClip:
 
 
 def _video_clips(
-    item: SourceItem, entry: DatasetEntry, sound: AudioSource | None, decode_threads: int
+    item: SourceItem,
+    entry: DatasetEntry,
+    sound: AudioSource | None,
+    decode_threads: int,
+    pool: BlockPool,
 ) -> Iterator[PreparedClip]:
     with ExitStack() as stack:
         video = stack.enter_context(open_frames(item.path, entry, decode_threads))
@@ -241,12 +248,14 @@ def _video_clips(
         rule = entry.extraction
         rate, length, notes = frame_rate(video, entry, limit=rule.limit, count=rule.mode == "uniform")
         track = _open_track(stack, video, item, sound) if sound else None
-        cuts = cut_clips(
-            sample_frames(video.frames(), rate),
-            rule,
-            convert=lambda frame: resize_to_bucket(video.to_rgb(frame), bucket),
-            length=length,
-        )
+        store = FrameStore(bucket, rule.longest, pool)
+
+        def convert(frame) -> np.ndarray:
+            pixels = store.take()
+            video.fit(frame, pixels)
+            return pixels
+
+        cuts = cut_clips(sample_frames(video.frames(), rate), rule, convert=convert, length=length)
         for cut in cuts:
             waveform, status, reason = _clip_sound(track, cut, entry.target_fps)
             yield PreparedClip(
@@ -254,7 +263,7 @@ def _video_clips(
                 item=item,
                 bucket=bucket,
                 window=cut.window,
-                pixels=np.stack(cut.frames),
+                pixels=join(cut.frames),
                 fps=entry.target_fps,
                 waveform=waveform,
                 audio_status=status,

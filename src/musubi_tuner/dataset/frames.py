@@ -152,6 +152,11 @@ class ExtractionRule:
             return self.target_frames[-1]
         return floor_frames(self.max_frames) if self.mode == "full" else None
 
+    @property
+    def longest(self) -> int:
+        """Frames of the longest clip there can be."""
+        return floor_frames(self.max_frames) if self.mode == "full" else self.target_frames[-1]
+
 
 def clip_starts(rule: ExtractionRule, frames: int, length: int | None) -> Iterable[int]:
     """Start positions, ascending, of clips of ``frames`` frames in ``length`` output frames.

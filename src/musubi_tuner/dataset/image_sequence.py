@@ -12,6 +12,7 @@ import numpy as np
 
 from .files import scan_directory
 from .media import MediaError, VideoInfo, image_size, media_errors, read_image
+from .resize import resize_to_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,10 @@ class ImageSequence:
             (width, height), first = self.info.size, self.images[0].name
             raise MediaError(f"{frame}: {size[0]}x{size[1]}, but {first} is {width}x{height}; make all equal")
         return pixels
+
+    def fit(self, frame: Path, out: np.ndarray) -> None:
+        """Fill ``out``, uint8 ``[H, W, 3]``, with the image, resized to cover it and cut."""
+        out[...] = resize_to_bucket(self.to_rgb(frame), (out.shape[1], out.shape[0]))
 
     @property
     def misplaced(self) -> tuple[str, str] | None:

@@ -13,7 +13,8 @@ from .clips import frame_rate, frame_times_of, open_frames
 from .files import media_kind
 from .frames import ClipWindow, sample_frames
 from .intervals import interval_mask, read_intervals
-from .media import MediaError, read_image, resize_to_bucket
+from .media import MediaError, read_image
+from .resize import resize_to_bucket
 from .schema import DatasetEntry
 from .sources import SourceItem
 

@@ -1,4 +1,4 @@
-"""Decoding of videos and images, and the resize to a bucket."""
+"""Decoding of videos and images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import cast
 
 import av
-import cv2
 import numpy as np
 from av.audio.stream import AudioStream
 from av.container import InputContainer
@@ -23,6 +22,7 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.log import warn_once
 
 from .buckets import Size
+from .resize import BT601, BT709, YuvShrinker, resize_to_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class Video:
         self._stream.codec_context.thread_count = threads
         self._stream.codec_context.thread_type = "AUTO" if threads != 1 else "NONE"
         self._converter = VideoReformatter()
+        self._shrinker = YuvShrinker()
         self._decoded = container.decode(self._stream)
         with media_errors(path):
             first = next(self._decoded, None)
@@ -130,7 +131,7 @@ class Video:
 
     def to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """uint8 ``[H, W, 3]`` as shown. High-definition material without a tag is BT.709."""
-        untagged_hd = frame.colorspace == _UNSPECIFIED and frame.height >= 720 and not frame.format.is_rgb
+        untagged_hd = _is_untagged_hd(frame)
         with media_errors(self.path):
             rgb = self._converter.reformat(
                 frame, format="rgb24", src_colorspace="ITU709" if untagged_hd else None, threads=1
@@ -138,6 +139,20 @@ class Video:
         turns = _quarter_turns(frame)
         pixels = rgb.to_ndarray()
         return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+
+    def fit(self, frame: av.VideoFrame, out: np.ndarray) -> None:
+        """Fill ``out``, uint8 ``[H, W, 3]``, with the frame as shown, resized to cover it and cut.
+
+        The same picture as :meth:`to_rgb` and :func:`.resize.resize_to_bucket` give, up to rounding: the plain
+        conversion of FFmpeg rounds down and is one level darker on average.
+        """
+        colorspace = int(frame.colorspace)
+        if colorspace == _UNSPECIFIED:
+            colorspace = BT709 if _is_untagged_hd(frame) else BT601
+        with media_errors(self.path):
+            done = self._shrinker.shrink(frame, out, colorspace=colorspace, turns=_quarter_turns(frame))
+        if not done:
+            out[...] = resize_to_bucket(self.to_rgb(frame), (out.shape[1], out.shape[0]))
 
     def _check_complete(self, end: float) -> None:
         stated = self.info.duration
@@ -217,6 +232,10 @@ def _seconds(frame: av.VideoFrame) -> float | None:
     return None if frame.pts is None or frame.time_base is None else float(frame.pts * frame.time_base)
 
 
+def _is_untagged_hd(frame: av.VideoFrame) -> bool:
+    return frame.colorspace == _UNSPECIFIED and frame.height >= 720 and not frame.format.is_rgb
+
+
 def _quarter_turns(frame: av.VideoFrame) -> int:
     """Counter-clockwise quarter turns by which the frame is shown; other angles are left as stored."""
     return round(frame.rotation / 90) % 4 if frame.rotation % 90 == 0 else 0
@@ -247,23 +266,3 @@ def read_image(path: Path) -> np.ndarray:
             grey = (np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=2)
         return np.array(image.convert("RGB"))
-
-
-def resize_to_bucket(pixels: np.ndarray, bucket: Size) -> np.ndarray:
-    """Scale uint8 ``[h, w, 3]`` to cover ``bucket`` (width, height) and cut the centre: ``[H, W, 3]``.
-
-    Area averaging to shrink, Lanczos to enlarge.
-    """
-    height, width = pixels.shape[:2]
-    target_width, target_height = bucket
-    if (width, height) == bucket:
-        return pixels
-    scale = max(target_width / width, target_height / height)
-    new = int(width * scale + 0.5), int(height * scale + 0.5)
-    if new != (width, height):
-        if scale > 1:
-            pixels = np.array(Image.fromarray(pixels).resize(new, Image.Resampling.LANCZOS))  # writable, for torch
-        else:
-            pixels = cv2.resize(pixels, new, interpolation=cv2.INTER_AREA)
-    left, top = (new[0] - target_width) // 2, (new[1] - target_height) // 2
-    return pixels[top : top + target_height, left : left + target_width]

@@ -13,7 +13,8 @@ from .clips import frame_rate, open_frames, read_sound
 from .companions import reference_frames
 from .files import media_kind
 from .frames import sample_frames
-from .media import MediaError, read_image, resize_to_bucket
+from .media import MediaError, read_image
+from .resize import resize_to_bucket
 from .schema import DatasetEntry
 
 
@@ -51,7 +52,10 @@ def _first_frames(path: Path, entry: DatasetEntry, frames: int, size: Size) -> l
         for sample in islice(sample_frames(video.frames(), rate), frames):
             if sample.frame is None:
                 break
-            shown.append(shown[-1] if sample.index == last else resize_to_bucket(video.to_rgb(sample.frame), size))
+            if sample.index != last:
+                pixels = np.empty((size[1], size[0], 3), np.uint8)
+                video.fit(sample.frame, pixels)
+            shown.append(pixels)
             last = sample.index
     if not shown:
         raise MediaError(f"{path}: holds no frame; repair or remove it")

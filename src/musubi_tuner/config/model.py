@@ -62,4 +62,6 @@ class PrecisionConfig:
         None,
         "compute dtype of the transformer; not given: accelerate's setting, else bf16 on CUDA and no on a CPU",
     )
+    full_fp16: bool = flag(False, "trained weights and their gradients in fp16 (needs --mixed_precision fp16)")
+    full_bf16: bool = flag(False, "trained weights and their gradients in bf16 (needs --mixed_precision bf16)")
     vae_dtype: str = flag("bfloat16", "dtype of the VAEs", metavar="DTYPE")

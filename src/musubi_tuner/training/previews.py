@@ -25,7 +25,9 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
+from .optimizers import evaluation_weights
 from .state import Progress
+from .tracking import Tracking
 from .trainer import StepReport
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,10 @@ class Previewer:
     decoders: Decoders
     transformer: LTX2Transformer
     network: LoRANetwork
+    optimizer: torch.optim.Optimizer
     device: torch.device
     dtype: torch.dtype
+    tracking: Tracking
     failures: int = 0
 
     def on_start(self, progress: Progress) -> None:
@@ -72,17 +76,19 @@ class Previewer:
             dtype=self.dtype,
         )
         self.network.eval()
-        results = render_prompts(
-            self.transformer,
-            self.jobs,
-            self.decoders,
-            settings=settings,
-            output_dir=save.output_dir / "sample",
-            stem=lambda job: preview_stem(
-                save.output_name, position, index=job.index, seed=job.prompt.seed, epoch_end=epoch_end
-            ),
-        )
+        with evaluation_weights(self.optimizer):
+            results = render_prompts(
+                self.transformer,
+                self.jobs,
+                self.decoders,
+                settings=settings,
+                output_dir=save.output_dir / "sample",
+                stem=lambda job: preview_stem(
+                    save.output_name, position, index=job.index, seed=job.prompt.seed, epoch_end=epoch_end
+                ),
+            )
         self.network.train()
+        self.tracking.log_samples(results, progress.global_step)
         self.failures += sum(result.error is not None for result in results)
 
 

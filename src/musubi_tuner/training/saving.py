@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .checkpoints import (
     SavePoint,
     comfy_path,
     describe,
+    ema_path,
     leftovers,
     lora_path,
     outdated,
@@ -37,8 +39,10 @@ from .checkpoints import (
 )
 from .hub import Uploader
 from .metadata import RunFacts, training_metadata
+from .optimizers import evaluation_weights
 from .state import Progress, save_state
 from .trainer import StepReport
+from .weights import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,7 @@ class Saver:
     parameter_names: list[str]
     settings: dict[str, Any]
     scaler: torch.amp.GradScaler | None = None
+    average: WeightAverage | None = None
     uploader: Uploader | None = None
 
     def on_start(self, progress: Progress) -> None:
@@ -113,9 +118,10 @@ class Saver:
         """All that a save in the course of the run writes."""
         save = self.config.save
         original = lora_path(save.output_dir, save.output_name, point)
-        paths = [original] if self._keeps_original else []
+        loras = [original, ema_path(original)] if self.average else [original]
+        paths = loras if self._keeps_original else []
         if save.convert_to_comfy:
-            paths.append(comfy_path(original))
+            paths = [*paths, *map(comfy_path, loras)]
         if save.save_checkpoint_metadata:
             paths.append(sidecar_path(original))
         if save.save_state:
@@ -143,6 +149,7 @@ class Saver:
                 optimizer=self.optimizer,
                 parameter_names=self.parameter_names,
                 settings=self.settings,
+                average=self.average.state_dict() if self.average else None,
             )
             logger.info("saved state %s", folder)
         if self.uploader is not None:
@@ -150,21 +157,33 @@ class Saver:
             self.uploader.upload([*written, *states], wait=point.kind == "end")
 
     def _save_lora(self, point: SavePoint, progress: Progress) -> list[Path]:
-        """Write the LoRA in the formats that were asked for, and the sidecar."""
+        """Write the LoRA, and its running average, in the formats that were asked for, and the sidecar."""
         save = self.config.save
         original = lora_path(save.output_dir, save.output_name, point)
+        with evaluation_weights(self.optimizer):
+            written = self._write(original, progress)
+        if self.average:
+            settings = self.config.network
+            facts = {"ss_ema_decay": str(settings.ema_decay), "ss_ema_update_every": str(settings.ema_update_every)}
+            with self.average.applied():
+                written += self._write(ema_path(original), progress, facts)
+        if save.save_checkpoint_metadata:
+            write_sidecar(sidecar_path(original), _sidecar(progress))
+        return written
+
+    def _write(self, original: Path, progress: Progress, facts: Mapping[str, str] | None = None) -> list[Path]:
+        """The network's weights in the formats that were asked for, each read back before it gets its name."""
+        save, dtype = self.config.save, parse_dtype(self.config.save.save_precision)
         verdict = self.network.verdict()
         metadata = self.network.metadata() | training_metadata(
             self.config, self.facts, step=progress.global_step, epoch=progress.epoch, verdict=verdict
         )
-        dtype = parse_dtype(save.save_precision)
+        metadata |= facts or {}
         written = []
         if self._keeps_original:
             written.append(self.network.save_checked(original, verdict, dtype, metadata))
         if save.convert_to_comfy:
             written.append(self.network.save_checked(comfy_path(original), verdict, dtype, metadata, fmt="comfy"))
-        if save.save_checkpoint_metadata:
-            write_sidecar(sidecar_path(original), _sidecar(progress))
         logger.info("saved and read back %s: %s", describe(written), verdict)
         for name in verdict.untouched(_ASKED_FOR[self.config.checkpoint.ltx2_mode]):
             logger.warning("%s was asked for and has not changed in %d steps", name, progress.global_step)

@@ -23,7 +23,7 @@ pytestmark = needs_fork
 FLAGS = (
     *("--save_state", "--autoresume", "--save_every_n_steps", "1", "--save_last_n_steps", "1"),
     *("--save_every_n_epochs", "1", "--save_last_n_epochs", "1", "--save_checkpoint_metadata"),
-    *("--network_dropout", "0.3", "--gradient_accumulation_steps", "2"),
+    *("--network_dropout", "0.3", "--gradient_accumulation_steps", "2", "--ema_decay", "0.5"),
 )
 
 

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .compatibility import CompatibilityConfig
 from .flag import flag
+from .memory import CompileConfig, CudaConfig, MemoryConfig, QuantizationConfig
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
 from .references import ReferenceConfig
+from .regularizers import AlignmentConfig, PreservationConfig
+from .roles import RoleConfig
 from .sampling import PreviewConfig, SampleConditioningConfig, SampleDecodeConfig
 
 
@@ -28,20 +32,6 @@ def steps_or_share(text: str) -> float:
 
 
 TargetPreset = Literal["t2v", "v2v", "audio", "audio_ref_only_ic", "full"]
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """Attention and memory."""
-
-    sdpa: bool = flag(False, "PyTorch scaled dot-product attention (the default)")
-    flash_attn: bool = flag(False, "FlashAttention 2 (not available yet)")
-    flash3: bool = flag(False, "FlashAttention 3 (not available yet)")
-    gradient_checkpointing: bool = flag(False, "recompute block activations in the backward pass")
-    blocks_to_swap: int = flag(0, "transformer blocks kept on the CPU (not available yet)")
-    use_pinned_memory_for_block_swap: bool = flag(False, "pinned memory for block swapping (not available yet)")
-    fp8_base: bool = flag(False, "base weights in FP8 (not available yet)")
-    fp8_scaled: bool = flag(False, "quantise the base weights to scaled FP8 (not available yet)")
 
 
 @dataclass(frozen=True)
@@ -77,6 +67,11 @@ class NetworkConfig:
     network_args: tuple[str, ...] = flag((), "options of the network, key=value")
     network_weights: Path | None = flag(None, "start from this LoRA file")
     lora_target_preset: TargetPreset = flag("t2v", "which linear layers are adapted")
+    dim_from_weights: bool = flag(False, "ranks as in --network_weights (not available yet)")
+    base_weights: tuple[Path, ...] = flag((), "LoRA files to merge into the base first (not available yet)")
+    base_weights_multiplier: tuple[float, ...] = flag((), "strength of each; none: 1.0 (not available yet)")
+    lycoris_config: Path | None = flag(None, "TOML file of a LyCORIS network (not available yet)")
+    init_lokr_norm: float | None = flag(None, "norm at which LoKR starts (not available yet)")
     training_comment: str | None = flag(None, "free text for the metadata")
     metadata: bool = flag(True, "write the full training metadata into the LoRA file")
 
@@ -229,6 +224,9 @@ class TrainNetworkConfig:
     gemma: GemmaConfig = GemmaConfig()
     precision: PrecisionConfig = PrecisionConfig()
     memory: MemoryConfig = MemoryConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    compilation: CompileConfig = CompileConfig()
+    cuda: CudaConfig = CudaConfig()
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -236,8 +234,12 @@ class TrainNetworkConfig:
     loss: LossConfig = LossConfig()
     audio_loss: AudioLossConfig = AudioLossConfig()
     references: ReferenceConfig = ReferenceConfig()
+    roles: RoleConfig = RoleConfig()
+    preservation: PreservationConfig = PreservationConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
     preview: PreviewConfig = PreviewConfig()
     conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()
     save: SaveConfig = SaveConfig()
+    compatibility: CompatibilityConfig = CompatibilityConfig()
     tracking: TrackingConfig = TrackingConfig()

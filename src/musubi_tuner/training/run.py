@@ -9,6 +9,7 @@ from dataclasses import replace
 from accelerate.utils import broadcast_object_list
 
 from musubi_tuner.common.errors import ConfigErrors
+from musubi_tuner.config.notices import without_effect
 from musubi_tuner.config.references import resolve_strategy
 from musubi_tuner.config.rules_training import mode_fits
 from musubi_tuner.config.training import TrainNetworkConfig
@@ -115,16 +116,13 @@ def _with_implied(config: TrainNetworkConfig, explicit: frozenset[str]) -> Train
 
 
 def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], progress: Progress) -> None:
+    for notice in without_effect(config, explicit):
+        logger.warning("%s", notice)
     if "learning_rate" not in explicit:
         logger.warning("--learning_rate not given: using 2e-6; LoRA runs usually use about 1e-4")
     if "network_alpha" not in explicit:
         logger.warning("--network_alpha not given: using 1, so the LoRA acts with 1/rank of its strength")
     if config.optimizer.lr_scheduler == "constant" and config.optimizer.lr_warmup_steps:
         logger.warning("--lr_scheduler constant has no warm-up; use constant_with_warmup")
-    if config.timestep.weighting_scheme != "none":
-        logger.warning(
-            "--weighting_scheme %s has no effect: LTX-2 is trained with equal weight at every noise level",
-            config.timestep.weighting_scheme,
-        )
     if config.optimizer.seed not in (None, progress.seed):
         logger.warning("--seed %d: the resumed run goes on with its own, %d", config.optimizer.seed, progress.seed)

@@ -7,6 +7,7 @@ from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
 from .rules_memory import attention, compilation, gpu
+from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .rules_references import references
 from .training import TrainNetworkConfig
 from .unavailable import unavailable
@@ -188,11 +189,13 @@ _RULES = (
     required,
     unavailable,
     ranges,
+    optimizer_ranges,
     audio_balance,
     mode_fits,
     audio_batches,
     references,
     combinations,
+    optimizer_combinations,
 )
 
 

@@ -34,6 +34,7 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
         "separate_audio_buckets": data.separate_audio_buckets,
         "audio_bucket_strategy": data.audio_bucket_strategy,
         "audio_bucket_interval": data.audio_bucket_interval,
+        "caption_field": data.caption_field,
     }
     if data.dataset_manifest is not None:
         datasets = load_dataset_manifest(data.dataset_manifest, command_line=options)

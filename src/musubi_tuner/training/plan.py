@@ -16,6 +16,7 @@ from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
+from .lr_schedulers import ScheduleSettings
 from .metadata import RunFacts
 from .references import reference_downscale
 from .setup import Compute
@@ -31,6 +32,7 @@ def run_facts(
     version: str,
     progress: Progress,
     loop: LoopSettings,
+    schedule: ScheduleSettings,
     loader: BatchLoader,
     optimizer: torch.optim.Optimizer,
     task: TaskSettings,
@@ -48,7 +50,7 @@ def run_facts(
         batches_per_epoch=batches,
         num_epochs=math.ceil(loop.total_steps / updates),
         max_train_steps=loop.total_steps,
-        warmup_steps=loop.schedule.warmup_steps,
+        warmup_steps=schedule.warmup_steps,
         preset=config.network.lora_target_preset,
         shifted_logit_mode=task.sampler.shifted_logit_mode,
         optimizer=f"{type(optimizer).__module__}.{type(optimizer).__name__}({options})",
@@ -78,7 +80,7 @@ def report_plan(
             "model": f"LTX-{facts.version}, {config.checkpoint.ltx2_mode}, {format_bytes(base_bytes)} frozen",
             "precision": facts.mixed_precision,
             "optimizer": facts.optimizer.partition("(")[0],
-            "learning rate": f"{rate:g}, {loop.lr_scheduler}, {facts.warmup_steps} warm-up steps",
+            "learning rate": f"{rate:g}, {loop.lr_plan.name}, {facts.warmup_steps} warm-up steps",
             "items": facts.num_items,
             **_reference_facts(config, facts),
             "batches an epoch": facts.batches_per_epoch,

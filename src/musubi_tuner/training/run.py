@@ -16,8 +16,9 @@ from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.models.checkpoint import Checkpoint
 
 from .data import make_loader, read_datasets
+from .optimization import make_optimizer, parameter_names, warn_of_rates, weight_actions, weight_average
 from .plan import report_plan, run_facts
-from .previews import Previewer, make_decoders, prepare_jobs, wants_previews
+from .previews import Previewer, make_decoders, prepare_jobs, wants_previews, warn_of_other_connectors
 from .references import check_references
 from .resume import find_resumed, resume_settings
 from .saving import Saver
@@ -27,9 +28,8 @@ from .setup import (
     load_model,
     loop_settings,
     make_compute,
-    make_optimizer,
     make_scaler,
-    parameter_names,
+    run_schedule,
     task_settings,
 )
 from .state import Progress
@@ -60,33 +60,42 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     world_size = compute.accelerator.num_processes
     loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size)
+    schedule = run_schedule(config, loader, compute.accelerator)
     _warn_of_defaults(config, explicit, progress)
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
-    jobs = prepare_jobs(config, checkpoint, datasets, device=compute.device) if wants_previews(config) else []
+    jobs = []
+    if wants_previews(config):
+        warn_of_other_connectors(config, loader.plan.training_set, checkpoint)
+        jobs = prepare_jobs(config, checkpoint, datasets, device=compute.device)
     decoders = make_decoders(config, checkpoint, device=compute.device) if jobs else None
     transformer, network = load_model(config, checkpoint, compute, progress.seed)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)
-    loop = loop_settings(config, loader, optimizer, compute.accelerator)
+    warn_of_rates(config, optimizer)
+    loop = loop_settings(config, schedule, optimizer, compute.accelerator)
+    average = weight_average(config, network)
     if resumed:
-        resumed.restore(network, optimizer, names, resume_settings(config, loop))
+        resumed.restore(network, optimizer, names, resume_settings(config, loop), average)
     task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
     scaler = make_scaler(compute, progress)
-    facts = run_facts(config, version, progress, loop, loader, optimizer, task, compute)
+    facts = run_facts(config, version, progress, loop, schedule, loader, optimizer, task, compute)
     report_plan(config, network, transformer, facts, loop)
 
     listeners: list[Listener] = [ScalarLog(compute.accelerator)]
     if compute.accelerator.is_main_process:
-        listeners.append(Saver(config, facts, network, optimizer, names, resume_settings(config, loop), scaler))
+        listeners.append(
+            Saver(config, facts, network, optimizer, names, resume_settings(config, loop), scaler, average)
+        )
     previewer = None
     if jobs and compute.accelerator.is_main_process:
-        previewer = Previewer(config, jobs, decoders, transformer, network, compute.device, compute.dtype)
+        previewer = Previewer(config, jobs, decoders, transformer, network, optimizer, compute.device, compute.dtype)
         listeners.append(previewer)
     start_trackers(compute.accelerator, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     watch = audio_watch(config)
-    Trainer(transformer, parameters, optimizer, loader, task, loop, progress, listeners, scaler, watch).run()
+    actions = weight_actions(config, network, average)
+    Trainer(transformer, parameters, optimizer, loader, task, loop, progress, listeners, scaler, watch, actions).run()
     compute.accelerator.end_training()
     logger.info("done: %d steps, files in %s", progress.global_step, config.save.output_dir)
     return 1 if previewer and previewer.failures else 0
@@ -122,7 +131,5 @@ def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], prog
         logger.warning("--learning_rate not given: using 2e-6; LoRA runs usually use about 1e-4")
     if "network_alpha" not in explicit:
         logger.warning("--network_alpha not given: using 1, so the LoRA acts with 1/rank of its strength")
-    if config.optimizer.lr_scheduler == "constant" and config.optimizer.lr_warmup_steps:
-        logger.warning("--lr_scheduler constant has no warm-up; use constant_with_warmup")
     if config.optimizer.seed not in (None, progress.seed):
         logger.warning("--seed %d: the resumed run goes on with its own, %d", config.optimizer.seed, progress.seed)

@@ -13,7 +13,7 @@ from musubi_tuner.conditioning.caption_dropout import drop_captions
 from musubi_tuner.conditioning.intrinsic import condition_first_frame, condition_masks
 from musubi_tuner.conditioning.reference import AudioReferenceRules, prepend_references
 from musubi_tuner.conditioning.silence import fill_silence, part_silence
-from musubi_tuner.dataset.batch import Batch, TextEmbeds
+from musubi_tuner.dataset.batch import Batch, SampleKey, TextEmbeds
 from musubi_tuner.diffusion.level_pool import LevelPool
 from musubi_tuner.diffusion.losses import LossTerm, task_losses
 from musubi_tuner.diffusion.noising import noise_batch, sample_generators
@@ -51,6 +51,7 @@ class TrainingView:
     tokens: AV[NoisedTokens]
     weights: AV[float]
     perturbations: Perturbations | None = None
+    keys: tuple[SampleKey, ...] = ()
     silent: Tensor | None = None  # [B] bool on the CPU: samples whose sound is silence put in its place
 
     @property
@@ -84,6 +85,7 @@ def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks
         tokens=tokens,
         weights=weights,
         perturbations=_silence_absent_audio(batch, tokens, num_blocks, settings.device),
+        keys=batch.keys,
         silent=silent,
     )
 

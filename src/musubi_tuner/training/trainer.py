@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -17,16 +18,19 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.log import warn_once
 from musubi_tuner.common.progress import progress as progress_bar
 from musubi_tuner.common.seeding import derive_seed
-from musubi_tuner.dataset.batch import Batch
+from musubi_tuner.dataset.batch import Batch, SampleKey
+from musubi_tuner.dataset.collate import damaged_files
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.diffusion.losses import AUDIO_TERMS, total
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 
 from .audio_watch import AudioWatch
 from .distributed import average_gradients, sum_over_processes
-from .lr_schedulers import ScheduleSettings, lr_factor
+from .lr_plan import LrPlan
+from .optimizers import is_schedule_free, learning_rates
 from .state import Progress
 from .step import TaskSettings, TrainingView, prepare_view, view_losses
+from .weights import WeightAction
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,9 +46,7 @@ class LoopSettings:
     total_steps: int
     accumulation: int
     max_grad_norm: float
-    lr_scheduler: str
-    schedule: ScheduleSettings
-    base_lrs: tuple[float, ...]  # of the optimizer's groups, before the schedule
+    lr_plan: LrPlan
     rank: int = 0
     world_size: int = 1
 
@@ -61,7 +63,7 @@ class StepReport:
     loss: float
     losses: dict[str, float]
     grad_norm: float
-    lrs: dict[str, float]
+    lrs: dict[str, float]  # by label of the group
     seconds: float
     num_tokens: int
     average_loss: float
@@ -92,7 +94,9 @@ class Trainer:
     listeners: Sequence[Listener] = ()
     scaler: torch.amp.GradScaler | None = None
     audio_watch: AudioWatch = AudioWatch()
+    weight_actions: Sequence[WeightAction] = ()  # in this order after each step of the optimizer
     _skipped_in_a_row: int = field(init=False, default=0)
+    _damaged: set[Path] = field(init=False, default_factory=set)
 
     def run(self) -> None:
         """Train to the end.
@@ -102,6 +106,8 @@ class Trainer:
         """
         state = self.progress
         self._fit_position_to_data()
+        if is_schedule_free(self.optimizer):
+            self.optimizer.train()
         for listener in self.listeners:
             listener.on_start(state)
         with progress_bar(total=self.loop.total_steps, initial=state.global_step, desc="steps", unit="step") as bar:
@@ -158,10 +164,12 @@ class Trainer:
     ) -> StepReport:
         started = time.perf_counter()
         state = self.progress
-        self._set_lrs(state.global_step)
+        self.loop.lr_plan.apply(self.optimizer, state.global_step)
         tally: dict[str, list[Tensor]] = {name: [] for name in _LOSSES}
         num_tokens = 0
+        keys: list[SampleKey] = []
         for index, view in enumerate(window):
+            keys += view.keys
             for name, value in self._backward(view, index).items():
                 tally[name].append(value)
             num_tokens += view.num_tokens
@@ -170,10 +178,15 @@ class Trainer:
         losses, counts = self._read(tally, grad_norm)
         norm, loss = losses.pop("grad_norm"), losses.pop("loss")
         scalars = self.audio_watch.observe(losses, counts, state)
-        stepped = self._apply(math.isfinite(norm) and math.isfinite(loss))
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if not finite:
+            self._name_damaged(keys)
+        stepped = self._apply(finite)
         state.global_step += 1
+        for action in self.weight_actions if stepped else ():
+            scalars = {**scalars, **action(state.global_step)}
         average = self._record(loss)
-        lrs = {g.get("label", str(i)): g["lr"] for i, g in enumerate(self.optimizer.param_groups)}
+        lrs = learning_rates(self.optimizer)
         seconds = time.perf_counter() - started
         return StepReport(
             state.global_step, epoch, loss, losses, norm, lrs, seconds, num_tokens, average, stepped, scalars
@@ -195,11 +208,6 @@ class Trainer:
                 logger, "untouched", "a batch of %s trains nothing: no adapted module has a part in it", "+".join(terms)
             )
         return {"loss": loss.detach(), **{name: term.mean().detach() for name, term in terms.items()}}
-
-    def _set_lrs(self, step: int) -> None:
-        factor = lr_factor(self.loop.lr_scheduler, step, self.loop.schedule)
-        for group, base in zip(self.optimizer.param_groups, self.loop.base_lrs, strict=True):
-            group["lr"] = base * factor
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self.parameters)
@@ -251,6 +259,13 @@ class Trainer:
                 f"{self.progress.global_step + 1}); lower --learning_rate, or train with --mixed_precision bf16"
             )
         return False
+
+    def _name_damaged(self, keys: Sequence[SampleKey]) -> None:
+        """Name the cache files that made a step non-finite, each once; every process looks at its own batches."""
+        for path in damaged_files(self.loader.plan.training_set, keys):
+            if path not in self._damaged:
+                self._damaged.add(path)
+                logger.error("%s: holds NaN or infinity, or cannot be read; delete it and cache it again", path)
 
     def _record(self, loss: float) -> float:
         """Mean over the latest loss of each in-epoch step; non-finite losses are left out."""

@@ -169,9 +169,6 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     wants_samples = preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs
     if wants_samples and preview.sample_prompts is None:
         yield "--sample_at_first and --sample_every_n_* need --sample_prompts"
-    has_text_encoder = gemma.gemma_root or gemma.gemma_safetensors or preview.use_precached_sample_prompts
-    if wants_samples and preview.sample_prompts is not None and not has_text_encoder:
-        yield "--sample_prompts needs --gemma_root, --gemma_safetensors or --use_precached_sample_prompts"
     yield from attention(config.memory)
     yield from compilation(config.compilation)
     yield from gpu(config.cuda)

@@ -120,6 +120,12 @@ def _with_implied(config: TrainNetworkConfig, explicit: frozenset[str]) -> Train
         elif references.ic_lora_strategy == "audio_ref_only_ic":
             logger.info("--ic_lora_strategy audio_ref_only_ic: using the --lora_target_preset of that name")
             network = replace(network, lora_target_preset="audio_ref_only_ic")
+    if wants_previews(config) and not (config.gemma.gemma_root or config.gemma.gemma_safetensors):
+        if not config.preview.use_precached_sample_prompts:
+            logger.info(
+                "previews read the cached prompts; --gemma_root or --gemma_safetensors encodes them at the start"
+            )
+        config = replace(config, preview=replace(config.preview, use_precached_sample_prompts=True))
     strategy = resolve_strategy(references.ic_lora_strategy, network.lora_target_preset)
     return replace(config, network=network, references=replace(references, ic_lora_strategy=strategy))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from musubi_tuner.dataset.sampling import BatchPlan
 from musubi_tuner.diffusion.balance import BalanceSettings
 from musubi_tuner.diffusion.losses import LossTerm
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
+from musubi_tuner.training import tally as tally_module
 from musubi_tuner.training import trainer as trainer_module
 from musubi_tuner.training.audio_watch import AudioWatch
 from musubi_tuner.training.lr_plan import FactorPlan
@@ -39,6 +41,11 @@ class View:
     audio: float | None = None
     num_tokens: int = 1
     keys: tuple[SampleKey, ...] = ()
+    level: float = 0.5
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        return torch.tensor([self.level])
 
 
 @dataclass
@@ -98,6 +105,7 @@ def run(
     lr=0.1,
     watch=None,
     actions=(),
+    norm_groups=None,
 ):
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(1))
@@ -117,6 +125,7 @@ def run(
         scaler,
         watch or AudioWatch(),
         actions,
+        norm_groups(model) if norm_groups else {},
     ).run()
     return model.weight.item(), recorder
 
@@ -155,17 +164,19 @@ def test_a_process_without_a_batch_takes_part_in_the_step(monkeypatch: pytest.Mo
         for p in parameters:
             p.grad = torch.full_like(p, 0.5 * arriving)
 
-    sums = {"loss": 3.0, "video": 3.0, "grad_norm": 0.5}
-    names = [*trainer_module._LOSSES, "grad_norm"]
-    other = torch.tensor([[sums.get(n, 0.0) for n in names], [float(n in sums) for n in names]])
+    # loss, video, audio, silence; gradient norm; four ranges of noise levels; tokens: sums, then counts
+    other = torch.tensor(
+        [[3.0, 3.0, 0.0, 0.0, 0.5, 0.0, 3.0, 0.0, 0.0, 7.0], [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0]]
+    )
     monkeypatch.setattr(trainer_module, "average_gradients", average)
-    monkeypatch.setattr(trainer_module, "sum_over_processes", lambda own: own + other)
+    monkeypatch.setattr(tally_module, "sum_over_processes", lambda own: own + other)
     monkeypatch.setattr(Loader, "batches_per_epoch", lambda self, world_size: 1)
     weight, recorder = run([], steps=2, scaler=scaler)
     assert recorder.positions == [(1, 1, 0), (2, 2, 0)]
     assert [(r.loss, r.losses, r.num_tokens, r.stepped) for r in recorder.reports] == [
-        (3.0, {"video": 3.0}, 0, True)
+        (3.0, {"video": 3.0}, 7, True)
     ] * 2
+    assert recorder.reports[0].scalars == {"loss/sigma_0.25-0.50": 3.0}
     assert weight == pytest.approx(1 - 2 * 0.1 * 0.5)
 
 
@@ -246,8 +257,32 @@ def test_weight_actions_run_once_after_each_step_that_was_made():
     views = [View(1.0), View(1.0), View(float("nan")), View(1.0), View(1.0), View(1.0)]
     _, recorder = run(views, steps=3, accumulation=2, actions=[action])
     assert calls == [1, 3]
-    assert [dict(r.scalars) for r in recorder.reports] == [
-        {"max_norm/keys_scaled": 1.0},
-        {},
-        {"max_norm/keys_scaled": 3.0},
-    ]
+    assert [r.scalars.get("max_norm/keys_scaled") for r in recorder.reports] == [1.0, None, 3.0]
+
+
+def test_losses_are_told_apart_by_noise_level():
+    _, recorder = run([View(1.0, level=0.1), View(3.0, level=0.2), View(5.0, level=1.0)], steps=1, accumulation=3)
+    assert recorder.reports[0].scalars == {"loss/sigma_0.00-0.25": 2.0, "loss/sigma_0.75-1.00": 5.0}
+    assert recorder.reports[0].num_tokens == 3
+
+
+def test_gradient_norms_of_groups_are_those_before_clipping():
+    """The gradient is 3; a group without any gradient is not reported."""
+    _, recorder = run([View(3.0)], steps=1, norm_groups=lambda m: {"video": [m.weight], "audio": [torch.ones(1)]})
+    (report,) = recorder.reports
+    assert {k: v for k, v in report.scalars.items() if "norm" in k} == {"grad_norm/video": pytest.approx(3.0)}
+    assert report.grad_norm == pytest.approx(3.0)
+
+
+def test_a_slow_loader_shows_in_the_share_of_waiting(monkeypatch: pytest.MonkeyPatch):
+    def slow(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1):
+        for view in self.views[start:]:
+            time.sleep(0.1)
+            yield view
+
+    monkeypatch.setattr(Loader, "epoch", slow)
+    _, recorder = run([View()] * 3, steps=3)
+    # The first step waits for its own batch and for the next one, which it prepares; the last step for none.
+    assert recorder.reports[0].wait_share > 0.5
+    assert recorder.reports[-1].wait_share < 0.5
+    assert recorder.reports[0].peak_memory > 2**24

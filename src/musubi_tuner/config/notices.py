@@ -11,11 +11,11 @@ from .training import TrainNetworkConfig
 
 def without_effect(config: TrainNetworkConfig, explicit: Collection[str]) -> Iterable[str]:
     """One line for each given flag that has no effect."""
-    checkpoint, compatibility = config.checkpoint.ltx2_checkpoint, config.compatibility
-    for f in fields(compatibility):
-        value = getattr(compatibility, f.name)
-        if value != f.default and value != checkpoint:
-            yield f"--{f.name} has {flag_info(f).help}"
+    for group in (config.compatibility, config.processes):
+        for f in fields(group):
+            value, text = getattr(group, f.name), flag_info(f).help
+            if text.startswith("no effect") and value not in (f.default, config.checkpoint.ltx2_checkpoint):
+                yield f"--{f.name} has {text}"
     if config.preview.sample_audio_subprocess and "sample_audio_subprocess" in explicit:
         yield "--sample_audio_subprocess has no effect: sound is decoded in the training process"
     if config.timestep.weighting_scheme != "none":

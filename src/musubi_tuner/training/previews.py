@@ -27,6 +27,7 @@ from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
 from .optimizers import evaluation_weights
 from .state import Progress
+from .tracking import Tracking
 from .trainer import StepReport
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Previewer:
     optimizer: torch.optim.Optimizer
     device: torch.device
     dtype: torch.dtype
+    tracking: Tracking
     failures: int = 0
 
     def on_start(self, progress: Progress) -> None:
@@ -86,6 +88,7 @@ class Previewer:
                 ),
             )
         self.network.train()
+        self.tracking.log_samples(results, progress.global_step)
         self.failures += sum(result.error is not None for result in results)
 
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.av import AV
@@ -33,6 +33,7 @@ from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 from musubi_tuner.networks.resolve import resolve_network_module
 
 from .audio_watch import AudioWatch
+from .distributed import check_launch
 from .lr_plan import make_plan, schedule_settings
 from .lr_schedulers import ScheduleSettings
 from .optimization import check_optimizer
@@ -40,7 +41,7 @@ from .references import audio_reference_rules
 from .state import Progress
 from .step import TaskSettings
 from .supervision import SupervisionSettings
-from .tracking import log_folder, tracker_names
+from .tracking import check_trackers, log_folder, tracker_names
 from .trainer import LoopSettings
 
 logger = logging.getLogger(__name__)
@@ -75,13 +76,8 @@ def make_compute(config: TrainNetworkConfig) -> Compute:
         mixed_precision="no",  # dtypes are set here, tensor by tensor; autocast would only add casts
         log_with=tracker_names(config.tracking) or None,
         project_dir=log_folder(config.tracking),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(config))],
     )
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"accelerate is set up for {accelerator.distributed_type.value}, which this trainer does not support; run "
-            "accelerate config again, or accelerate launch --multi_gpu"
-        )
     cuda = config.cuda
     configure_cuda(
         allow_tf32=cuda.cuda_allow_tf32,
@@ -89,6 +85,11 @@ def make_compute(config: TrainNetworkConfig) -> Compute:
         memory_fraction=cuda.cuda_memory_fraction,
     )
     return Compute(accelerator, accelerator.device, _DTYPES[precision], precision)
+
+
+def _patience(config: TrainNetworkConfig) -> timedelta:
+    minutes = config.processes.ddp_timeout
+    return _PATIENCE if minutes is None else timedelta(minutes=minutes)
 
 
 def network_options(config: TrainNetworkConfig) -> dict[str, str]:
@@ -259,7 +260,9 @@ def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | 
 
 
 def check_choices(config: TrainNetworkConfig) -> None:
-    """Raise UserError for a wrong optimizer, schedule, network option or LoRA file before anything is loaded."""
+    """Raise UserError for a wrong launch, optimizer, schedule, tracker, network option or LoRA file, at once."""
+    check_launch(os.environ)
+    check_trackers(config.tracking)
     if config.compilation.settings is not None:
         check_backend(config.compilation.settings)
     check_optimizer(config.optimizer, config.network, network_options(config).get("loraplus_lr_ratio"))

@@ -8,14 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from musubi_tuner.config.memory import CompileSettings
+from musubi_tuner.config.memory import CompileConfig, CompileSettings
 from musubi_tuner.ltx2_train_network import main as train
 from musubi_tuner.memory.compilation import compile_blocks
 
-KINDS = {
-    "compile": ("--compile", "--compile_backend", "eager", "--compile_fullgraph"),
-    "dynamo": ("--dynamo_backend", "eager", "--dynamo_fullgraph"),
-}
+COMPILE = ("--compile", "--compile_backend", "eager", "--compile_fullgraph")
 
 
 @pytest.fixture(autouse=True)
@@ -40,15 +37,22 @@ def run(assets, output: Path, *flags: str) -> dict[str, torch.Tensor]:
     return load_file(output / "x.safetensors")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_blocks_train_the_same(cached_demo, tmp_path: Path, kind: str):
+def test_compiled_blocks_train_the_same(cached_demo, tmp_path: Path):
     assets = cached_demo()
     plain = run(assets, tmp_path / "plain")
-    compiled = run(assets, tmp_path / "compiled", *KINDS[kind])
+    compiled = run(assets, tmp_path / "compiled", *COMPILE)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert plain.keys() == compiled.keys()
     for name, tensor in plain.items():
         torch.testing.assert_close(compiled[name], tensor, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_accelerates_flags_ask_for_the_same():
+    assert CompileConfig().settings is None
+    ours = CompileConfig(compile=True, compile_backend="aot_eager", compile_fullgraph=True, compile_dynamic="true")
+    theirs = CompileConfig(dynamo_backend="AOT_EAGER", dynamo_fullgraph=True, dynamo_dynamic=True)
+    assert ours.settings == theirs.settings == CompileSettings("aot_eager", dynamic=True, fullgraph=True)
+    assert CompileConfig(compile=True, compile_dynamic="auto").settings.dynamic is None
 
 
 def test_more_kinds_of_batches_than_pytorch_allows_for_are_compiled():

@@ -51,6 +51,7 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
+@pytest.mark.slow
 def test_caching(demo_assets, tmp_path: Path):
     from musubi_tuner.demo.assets import asset_paths
 
@@ -63,7 +64,7 @@ def test_caching(demo_assets, tmp_path: Path):
     assert names == {".safetensors", "_audio.safetensors", "_te.safetensors"}
 
 
-@pytest.mark.parametrize("mode", ["video", "av", "audio"])
+@pytest.mark.parametrize("mode", ["video", pytest.param("av", marks=pytest.mark.slow), "audio"])
 def test_recipes_with_references_and_merging(cached_demo, tmp_path: Path, mode: str):
     assets = cached_demo("2.3", mode)
     data = Data(assets, tmp_path, mode)
@@ -76,9 +77,8 @@ def test_recipes_with_references_and_merging(cached_demo, tmp_path: Path, mode: 
     assert metadata_of(trained)["ss_ic_lora_strategy"] == strategy
     assert any((tmp_path / "out" / "sample").iterdir())
 
-    argv = adapted(
-        find("ltx2_merge_lora.py", "--lora_multiplier"), {"save_merged_lora": tmp_path / "merged.safetensors"}
-    )
-    inputs = [str(trained), str(trained.with_suffix(".comfy.safetensors"))]
-    merge([*inputs, *argv] if argv[0] != "--lora_weight" else ["--lora_weight", *inputs, *argv[3:]])
-    assert (tmp_path / "merged.safetensors").exists()
+    merged = tmp_path / "merged.safetensors"
+    inputs = {"lora_A": trained, "lora_B": trained.with_suffix(".comfy.safetensors"), "merged_lora": merged}
+    argv = find("ltx2_merge_lora.py", "--lora_multiplier").arguments
+    merge([str(inputs.get(Path(word).stem, word)) for word in argv])
+    assert metadata_of(merged)["ss_ltx_version"] == "2.3"

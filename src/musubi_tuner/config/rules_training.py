@@ -9,6 +9,7 @@ from .rules_common import dtypes, folder, missing, samples
 from .rules_memory import attention, compilation, gpu
 from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .rules_references import references
+from .rules_saving import resume_exists, rotation, uploads
 from .training import TrainNetworkConfig
 from .unavailable import unavailable
 
@@ -39,10 +40,10 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
             "log_tracker_config": config.tracking.log_tracker_config,
             "gemma_root": config.gemma.gemma_root,
             "gemma_safetensors": config.gemma.gemma_safetensors,
-            "resume": config.save.resume,
         }
     )
     yield from folder("output_dir", config.save.output_dir)
+    yield from resume_exists(config.save, config.hub)
 
 
 def ranges(config: TrainNetworkConfig) -> Iterable[str]:
@@ -164,7 +165,7 @@ def audio_batches(config: TrainNetworkConfig) -> Iterable[str]:
 
 def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     """Flags that exclude or need each other."""
-    gemma, preview, save = config.gemma, config.preview, config.save
+    gemma, preview = config.gemma, config.preview
     if gemma.gemma_load_in_8bit and gemma.gemma_load_in_4bit:
         yield "--gemma_load_in_8bit and --gemma_load_in_4bit exclude each other"
     if gemma.gemma_safetensors and (gemma.gemma_load_in_8bit or gemma.gemma_load_in_4bit):
@@ -179,10 +180,8 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     yield from gpu(config.cuda)
     yield from dtypes({"vae_dtype": config.precision.vae_dtype})
     yield from samples(config.decode, config.checkpoint.ltx2_mode)
-    for kind in ("epochs", "steps"):
-        for suffix in ("", "_state"):
-            if getattr(save, f"save_last_n_{kind}{suffix}") is not None and not getattr(save, f"save_every_n_{kind}"):
-                yield f"--save_last_n_{kind}{suffix} needs --save_every_n_{kind}"
+    yield from rotation(config.save)
+    yield from uploads(config.save, config.hub)
     if config.tracking.log_with in ("tensorboard", "all") and config.tracking.logging_dir is None:
         yield f"--log_with {config.tracking.log_with} needs --logging_dir"
 

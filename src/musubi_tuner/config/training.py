@@ -9,6 +9,7 @@ from typing import Literal
 from .caching import CAPTION_FIELD_HELP
 from .compatibility import CompatibilityConfig
 from .flag import flag
+from .hub import HubConfig
 from .memory import CompileConfig, CudaConfig, MemoryConfig, QuantizationConfig
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
 from .references import ReferenceConfig
@@ -30,6 +31,18 @@ def steps_or_share(text: str) -> float:
     if value < 0 or (value >= 1 and value != int(value)):
         raise ValueError("expected whole steps, a share below 1, or N%")
     return value
+
+
+def resolution(text: str) -> str:
+    """``"768,512"``, ``"768x512"`` or ``"768"`` to ``"768x512"``; one number is a square.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    sizes = text.lower().replace("x", ",").split(",")
+    if len(sizes) > 2 or not all(s.strip().isdigit() and int(s) > 0 for s in sizes):
+        raise ValueError("expected W,H")
+    return f"{int(sizes[0])}x{int(sizes[-1])}"
 
 
 TargetPreset = Literal["t2v", "v2v", "audio", "audio_ref_only_ic", "full"]
@@ -227,6 +240,8 @@ class SaveConfig:
     metadata_description: str | None = flag(None, "description in the LoRA's metadata")
     metadata_license: str | None = flag(None, "licence in the LoRA's metadata")
     metadata_tags: str | None = flag(None, "tags in the LoRA's metadata, comma separated")
+    metadata_reso: str | None = flag(None, "resolution in the LoRA's metadata, W,H (1280,720)", convert=resolution)
+    metadata_arch: str | None = flag(None, "architecture in the LoRA's metadata (not given: LTX2/lora)")
 
 
 @dataclass(frozen=True)
@@ -292,7 +307,8 @@ class TrainNetworkConfig:
     conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()
     save: SaveConfig = SaveConfig()
-    compatibility: CompatibilityConfig = CompatibilityConfig()
+    hub: HubConfig = HubConfig()
     tracking: TrackingConfig = TrackingConfig()
     validation: ValidationConfig = ValidationConfig()
     processes: ProcessesConfig = ProcessesConfig()
+    compatibility: CompatibilityConfig = CompatibilityConfig()

@@ -18,6 +18,7 @@ from musubi_tuner.models.checkpoint import Checkpoint
 
 from .data import make_loader, read_datasets, validation_set
 from .dry_run import run_dry_run
+from .hub import make_uploader
 from .optimization import make_optimizer, parameter_names, warn_of_rates, weight_actions, weight_average
 from .outlook import by_stream
 from .plan import report_plan, run_facts
@@ -83,6 +84,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     average = weight_average(config, network)
     if resumed:
         resumed.restore(network, optimizer, names, resume_settings(config, loop), average)
+        compute.accelerator.wait_for_everyone()  # the first process tidies the folder that all have read from
     task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
     scaler = make_scaler(compute, progress)
     facts = run_facts(config, version, progress, loop, schedule, loader, optimizer, task, compute)
@@ -96,9 +98,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     if config.tracking.log_cuda_memory_every_n_steps:
         listeners.append(CudaMemoryLog(tracking, compute.device, config.tracking.log_cuda_memory_every_n_steps))
     if compute.accelerator.is_main_process:
-        listeners.append(
-            Saver(config, facts, network, optimizer, names, resume_settings(config, loop), scaler, average)
-        )
+        settings, uploader = resume_settings(config, loop), make_uploader(config.hub)
+        listeners.append(Saver(config, facts, network, optimizer, names, settings, scaler, average, uploader))
     previewer = None
     if jobs and compute.accelerator.is_main_process:
         previewer = Previewer(
@@ -174,5 +175,7 @@ def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], prog
         logger.warning("--learning_rate not given: using 2e-6; LoRA runs usually use about 1e-4")
     if "network_alpha" not in explicit:
         logger.warning("--network_alpha not given: using 1, so the LoRA acts with 1/rank of its strength")
+    if not (config.save.convert_to_comfy or config.save.save_original_lora):
+        logger.warning("--no_convert_to_comfy and --no_save_original_lora leave no format: the original is kept")
     if config.optimizer.seed not in (None, progress.seed):
         logger.warning("--seed %d: the resumed run goes on with its own, %d", config.optimizer.seed, progress.seed)

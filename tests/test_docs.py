@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def commands() -> list[list[str]]:
     found = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for block in re.findall(r"```\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for block in re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.splitlines():
                 command = line.partition("#")[0].rpartition("&&")[2].strip()
                 if re.match(r"(python|accelerate launch) .*ltx2_", command):

@@ -171,6 +171,8 @@ def _with_implied(config: TrainNetworkConfig, explicit: frozenset[str]) -> Train
 def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], progress: Progress) -> None:
     for notice in without_effect(config, explicit):
         logger.warning("%s", notice)
+    if not config.memory.sdpa:
+        logger.info("no attention kernel named: using --sdpa")
     if "learning_rate" not in explicit:
         logger.warning("--learning_rate not given: using 2e-6; LoRA runs usually use about 1e-4")
     if "network_alpha" not in explicit:

@@ -58,7 +58,7 @@ def test_out_of_memory_is_told_with_what_helps(cached_demo, tmp_path: Path, caps
         train(arguments(cached_demo(), tmp_path / "out"))
     assert stop.value.code == 1
     said = capsys.readouterr().err
-    assert "out of memory; what helps: --gradient_checkpointing; fewer target_frames" in said
+    assert "out of memory; what helps: --gradient_checkpointing; --blocks_to_swap N" in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
 

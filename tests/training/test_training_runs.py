@@ -200,10 +200,10 @@ def test_missing_files_are_named_together(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_unavailable_features_are_one_message(cached_demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    flags = ("--fp8_base", "--fp8_scaled", "--blocks_to_swap", "10")
+    flags = ("--fp8_base", "--fp8_scaled", "--nf4_base")
     message = refused(arguments(cached_demo(), tmp_path, *flags), capsys)
     assert message.count("not available") == 1
-    assert all(flag in message for flag in ("--fp8_base", "--fp8_scaled", "--blocks_to_swap"))
+    assert all(flag in message for flag in flags)
 
 
 def test_caches_of_another_checkpoint_are_refused(cached_demo, tmp_path: Path, capsys):
@@ -274,7 +274,7 @@ def standard_command(assets, output: Path) -> list[str]:
         *("--mixed_precision", "bf16", "--dataset_config", str(assets.dataset)),
         *("--gemma_load_in_8bit", "--gemma_root", str(assets.gemma), "--separate_audio_buckets"),
         *("--ltx2_checkpoint", str(assets.checkpoint), "--ltx_version", "2.3", "--ltx_version_check_mode", "error"),
-        *("--ltx2_mode", "av", "--fp8_base", "--fp8_scaled", "--blocks_to_swap", "10", "--sdpa"),
+        *("--ltx2_mode", "av", "--fp8_base", "--fp8_scaled", "--blocks_to_swap", "1", "--sdpa"),
         *("--gradient_checkpointing", "--learning_rate", "1e-4", "--network_module", "networks.lora_ltx2"),
         *("--network_dim", "32", "--network_alpha", "32", "--timestep_sampling", "shifted_logit_normal"),
         *("--sample_at_first", "--sample_every_n_epochs", "5", "--sample_prompts", str(assets.prompts)),
@@ -288,11 +288,8 @@ def standard_command(assets, output: Path) -> list[str]:
 def test_standard_command_answers_for_what_is_missing_and_runs_without(cached_demo, tmp_path: Path, capsys):
     command = standard_command(cached_demo(), tmp_path)
     message = refused(command, capsys)
-    assert all(flag in message for flag in ("--fp8_base", "--fp8_scaled", "--blocks_to_swap"))
-    swap = command.index("--blocks_to_swap")
-    command = [
-        c for i, c in enumerate(command) if c not in ("--fp8_base", "--fp8_scaled") and i not in (swap, swap + 1)
-    ]
+    assert all(flag in message for flag in ("--fp8_base", "--fp8_scaled"))
+    command = [c for c in command if c not in ("--fp8_base", "--fp8_scaled")]
     if not torch.cuda.is_available():
         assert "CUDA" in refused(command, capsys), "8-bit Gemma needs a GPU"
         command.remove("--gemma_load_in_8bit")

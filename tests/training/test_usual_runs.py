@@ -27,6 +27,7 @@ def find(script: str, *flags: str) -> Command:
 
 def adapted(command: Command, values: Mapping[str, object]) -> list[str]:
     """Its arguments with other values, without what is refused and what only a GPU has."""
+    values = {"blocks_to_swap": 1, **values}  # the demo's model has few
     left_out = {f"--{name}" for name in command.refuses}
     if not torch.cuda.is_available():
         left_out |= {"--gemma_load_in_8bit", "--device"}

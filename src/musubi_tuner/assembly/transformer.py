@@ -1,25 +1,64 @@
 """The one place where features are put on the transformer, in the order that keeps them correct.
 
-1. quantise linears (a later version), 2. network, 3. compile, 4. block swap (later), 5. gradient
-checkpointing around the block, 6. taps on blocks (later). Model code has no branch for any of them.
+1. quantise linears (a later version), 2. network, attention kernel, layers computed in parts, 3. compile, 4. block swap,
+5. gradient checkpointing around the block, 6. taps on blocks (later). Model code has no branch for any of them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
 
-from musubi_tuner.config.memory import CompileSettings
-from musubi_tuner.memory.checkpointing import checkpoint_blocks
+from musubi_tuner.common.devices import host_memory
+from musubi_tuner.common.errors import ConfigErrors, UserError
+from musubi_tuner.common.tables import format_bytes
+from musubi_tuner.config.memory import CompileSettings, MemorySettings
+from musubi_tuner.memory.activation_offload import ActivationOffload
+from musubi_tuner.memory.block_swap import swap_blocks, swapped_positions
+from musubi_tuner.memory.checkpointing import checkpoint_blocks, checkpointed_positions
+from musubi_tuner.memory.chunking import chunk_feed_forward, split_attention
 from musubi_tuner.memory.compilation import compile_blocks
+from musubi_tuner.memory.transfer import PinnedBudget, make_transfer
+from musubi_tuner.models.attention_backends import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
-from musubi_tuner.models.ltx2.load import load_transformer
+from musubi_tuner.models.ltx2.load import load_transformer, transformer_config
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora import LoRALinear
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
+logger = logging.getLogger(__name__)
+
 NetworkFactory = Callable[[LTX2Transformer], LoRANetwork]
+
+# Systems lock no more of their memory, and the rest of a run needs some.
+_PINNED_SHARE = 0.5
+
+
+def check_memory(settings: MemorySettings, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Say before anything is loaded what cannot be done with this checkpoint on this device.
+
+    Raises:
+        UserError: more blocks than there are, or an attention kernel that is missing or computes something else.
+    """
+    config = transformer_config(checkpoint)
+    problems = []
+    if settings.blocks_to_swap >= config.num_layers:
+        problems.append(
+            f"--blocks_to_swap {settings.blocks_to_swap}: the model has {config.num_layers} blocks, of which one stays "
+            f"on the device; use 0 to {config.num_layers - 1}"
+        )
+    if (settings.blocks_to_checkpoint or 0) > config.num_layers:
+        problems.append(
+            f"--blocks_to_checkpoint {settings.blocks_to_checkpoint}: the model has {config.num_layers} blocks; "
+            "use fewer, or -1 for all"
+        )
+    if problems:
+        raise UserError(problems[0]) if len(problems) == 1 else ConfigErrors(problems, "invalid arguments")
+    if settings.attention != "sdpa":
+        for head_dim in {config.attention_head_dim, config.audio_attention_head_dim}:
+            check_backend(settings.attention, device=device, dtype=dtype, head_dim=head_dim)
 
 
 def assemble_transformer(
@@ -30,26 +69,69 @@ def assemble_transformer(
     device: torch.device,
     network: NetworkFactory | None = None,
     compilation: CompileSettings | None = None,
-    gradient_checkpointing: bool = False,
+    memory: MemorySettings = MemorySettings(),
 ) -> tuple[LTX2Transformer, LoRANetwork | None]:
     """Load the frozen transformer and attach what training asked for.
 
     ``streams`` is ``video``, ``av`` or ``audio``: which modules are built. ``network`` makes the network for the
     loaded transformer; it is applied here. ``compilation``: how the blocks are compiled, ``None`` for not at all.
     """
-    transformer = load_transformer(checkpoint, mode=streams, dtype=dtype, device=device)
+    swapped = swapped_positions(transformer_config(checkpoint).num_layers, memory.blocks_to_swap)
+    transformer = load_transformer(checkpoint, mode=streams, dtype=dtype, device=device, host_blocks=swapped)
     adapter = None
     if network is not None:
         adapter = network(transformer)
         adapter.apply_to(transformer)
         adapter.to(device)
-    if compilation is not None:
-        compile_blocks(transformer.transformer_blocks, compilation)
-    if gradient_checkpointing:
-        draws = adapter is not None and any(_draws_random(m) for m in adapter.modules_by_name.values())
-        checkpoint_blocks(transformer.transformer_blocks, preserve_rng_state=draws)
+    attach_to_blocks(transformer, memory, compilation, device=device, draws=_draws_random(adapter))
     return transformer, adapter
 
 
-def _draws_random(module: LoRALinear) -> bool:
-    return bool(module.dropout or module.rank_dropout or module.module_dropout)
+def attach_to_blocks(
+    transformer: LTX2Transformer,
+    memory: MemorySettings,
+    compilation: CompileSettings | None,
+    *,
+    device: torch.device,
+    draws: bool = False,
+) -> None:
+    """What acts on blocks, after the network. ``draws``: something in the blocks draws random numbers (dropout)."""
+    blocks = transformer.transformer_blocks
+    transformer.set_attention_backend(memory.attention)
+    if memory.split_attention is not None:
+        split_attention(blocks, memory.split_attention, memory.split_mode, memory.split_queries)
+    if memory.chunk_feed_forward is not None:
+        chunk_feed_forward(blocks, memory.chunk_feed_forward, memory.chunk_tokens, preserve_rng_state=draws)
+    if compilation is not None:
+        compile_blocks(blocks, compilation)
+    recomputed = checkpointed_positions(len(blocks), memory.blocks_to_checkpoint if memory.checkpointing else 0)
+    if memory.blocks_to_swap:
+        _swap(transformer, memory, recomputed, device)
+    if recomputed:
+        offload = ActivationOffload(device, make_transfer(device)) if memory.offload_inputs else None
+        checkpoint_blocks([blocks[i] for i in recomputed], preserve_rng_state=draws, offload=offload)
+
+
+def _swap(transformer: LTX2Transformer, memory: MemorySettings, recomputed: range, device: torch.device) -> None:
+    pinned = None
+    if device.type != "cuda":
+        logger.warning("--blocks_to_swap saves nothing on %s: the weights are in host memory in any case", device)
+    elif memory.pin_swapped:
+        pinned = PinnedBudget(int(_PINNED_SHARE * host_memory()))
+    swap = swap_blocks(
+        transformer.transformer_blocks, memory.blocks_to_swap, device=device, recomputed=recomputed, pinned=pinned
+    )
+    logger.info(
+        "block swap: %d of %d blocks in host memory (%s, %s of it pinned), %d at a time on %s",
+        memory.blocks_to_swap,
+        len(transformer.transformer_blocks),
+        format_bytes(swap.host_bytes),
+        format_bytes(0 if pinned is None else pinned.used),
+        swap.num_slots,
+        device,
+    )
+
+
+def _draws_random(adapter: LoRANetwork | None) -> bool:
+    modules: list[LoRALinear] = [] if adapter is None else list(adapter.modules_by_name.values())
+    return any(module.dropout or module.rank_dropout or module.module_dropout for module in modules)

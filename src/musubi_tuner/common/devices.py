@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -24,6 +25,15 @@ def choose_device(name: str | None) -> torch.device:
         usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise UserError(f"--device {name}: PyTorch cannot use it here; it has {', '.join(usable)}") from None
     return device
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.virtual_memory().total
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory(device: torch.device) -> int:

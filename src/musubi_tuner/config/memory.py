@@ -2,38 +2,102 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from .flag import flag
 
 
+SplitTarget = Literal["all", "self", "cross", "text_cross", "av_cross", "video", "audio"]
+FeedForwardTarget = Literal["all", "video", "audio"]
+
+
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemorySettings:
+    """How the transformer's blocks save memory, and which kernel computes their attention.
+
+    Attributes:
+        attention: one of the attention backends.
+        split_attention: which attention is computed in parts, by sample or by so many queries; ``None``: none.
+        chunk_feed_forward: which feed-forward layers are computed by so many tokens; ``None``: none.
+        blocks_to_swap: blocks whose weights live on the host, in pinned memory or not.
+        checkpointing: recompute blocks in the backward pass: all, or the first ``blocks_to_checkpoint``.
+        offload_inputs: keep what enters checkpointed blocks on the host.
+    """
+
+    attention: str = "sdpa"
+    split_attention: SplitTarget | None = None
+    split_mode: Literal["batch", "query"] = "batch"
+    split_queries: int = 1024
+    chunk_feed_forward: FeedForwardTarget | None = None
+    chunk_tokens: int = 0
+    blocks_to_swap: int = 0
+    pin_swapped: bool = False
+    checkpointing: bool = False
+    blocks_to_checkpoint: int | None = None
+    offload_inputs: bool = False
+
+
+@dataclass(frozen=True)
+class BlockMemoryConfig:
     """Attention and memory."""
 
     sdpa: bool = flag(False, "PyTorch scaled dot-product attention (the default)")
-    flash_attn: bool = flag(False, "FlashAttention 2 (not available yet)")
-    flash3: bool = flag(False, "FlashAttention 3 (not available yet)")
-    xformers: bool = flag(False, "xformers attention (not available yet)")
-    sage_attn: bool = flag(False, "not for training: SageAttention has no backward pass")
+    flash_attn: bool = flag(False, "FlashAttention 2 (package flash-attn); masked attention is PyTorch's")
+    flash3: bool = flag(False, "FlashAttention 3 (Hopper GPUs); masked attention is PyTorch's")
+    xformers: bool = flag(False, "attention of xformers; masked attention is PyTorch's")
     split_attn_target: Literal["none", "all", "self", "cross", "text_cross", "av_cross", "video", "audio"] | None = (
-        flag(None, "attention that is computed in parts (not available yet)")
+        flag(None, "attention that is computed in parts, each once more in the backward pass")
     )
     split_attn_mode: Literal["batch", "query"] | None = flag(
-        None, "split by sample or by query (not available yet; not given: batch)"
+        None, "split by sample or by query (not given: batch); needs --split_attn_target"
     )
-    split_attn_chunk_size: int = flag(0, "queries of a part, mode query (not available yet); 0 = 1024")
+    split_attn_chunk_size: int = flag(0, "queries of a part, mode query; 0 = 1024")
     ffn_chunk_target: Literal["none", "all", "video", "audio"] | None = flag(
-        None, "feed-forward layers that are computed in parts (not available yet)"
+        None, "feed-forward layers that are computed in parts, each once more in the backward pass"
     )
-    ffn_chunk_size: int = flag(0, "tokens of a part (not available yet); 0 = off")
+    ffn_chunk_size: int = flag(0, "tokens of a part; 0 = off")
+    blocks_to_swap: int = flag(0, "transformer blocks kept in host memory, at most all but one; 0 = off")
+    use_pinned_memory_for_block_swap: bool = flag(False, "lock that memory: faster copies to the GPU")
+
+    @property
+    def settings(self) -> MemorySettings:
+        """What the flags ask for."""
+        kernels = {"flash_attn": self.flash_attn, "flash3": self.flash3, "xformers": self.xformers}
+        split = self.split_attn_target not in (None, "none")
+        chunk = self.ffn_chunk_target not in (None, "none") and self.ffn_chunk_size > 0
+        return MemorySettings(
+            attention=next((name for name, asked in kernels.items() if asked), "sdpa"),
+            split_attention=self.split_attn_target if split else None,
+            split_mode=self.split_attn_mode or "batch",
+            split_queries=self.split_attn_chunk_size or 1024,
+            chunk_feed_forward=self.ffn_chunk_target if chunk else None,
+            chunk_tokens=self.ffn_chunk_size,
+            blocks_to_swap=self.blocks_to_swap,
+            pin_swapped=self.use_pinned_memory_for_block_swap,
+        )
+
+
+@dataclass(frozen=True)
+class MemoryConfig(BlockMemoryConfig):
+    """Attention and memory."""
+
+    sage_attn: bool = flag(False, "not for training: SageAttention has no backward pass")
     gradient_checkpointing: bool = flag(False, "recompute block activations in the backward pass")
     gradient_checkpointing_cpu_offload: bool = flag(
-        False, "keep the inputs of checkpointed blocks on the CPU (not available yet)"
+        False, "--gradient_checkpointing that keeps the inputs of blocks in host memory"
     )
-    blocks_to_swap: int = flag(0, "transformer blocks kept on the CPU (not available yet)")
-    use_pinned_memory_for_block_swap: bool = flag(False, "pinned memory for block swapping (not available yet)")
+    blocks_to_checkpoint: int = flag(-1, "blocks that --gradient_checkpointing recomputes, the first ones; -1 = all")
+
+    @property
+    def settings(self) -> MemorySettings:
+        """What the flags ask for."""
+        return replace(
+            super().settings,
+            checkpointing=self.gradient_checkpointing or self.gradient_checkpointing_cpu_offload,
+            blocks_to_checkpoint=None if self.blocks_to_checkpoint < 0 else self.blocks_to_checkpoint,
+            offload_inputs=self.gradient_checkpointing_cpu_offload,
+        )
 
 
 @dataclass(frozen=True)

@@ -23,3 +23,6 @@ def without_effect(config: TrainNetworkConfig, explicit: Collection[str]) -> Ite
         yield f"--weighting_scheme {scheme} has no effect: LTX-2 is trained with equal weight at every noise level"
     if "mode_scale" in explicit:
         yield "--mode_scale has no effect: it belongs to --weighting_scheme mode"
+    memory = config.memory
+    if (memory.ffn_chunk_target in (None, "none")) != (memory.ffn_chunk_size == 0):
+        yield "--ffn_chunk_target and --ffn_chunk_size act only together: feed-forward layers are computed whole"

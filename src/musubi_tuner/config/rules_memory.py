@@ -1,14 +1,14 @@
-"""Rules of attention kernels, compilation and the GPU."""
+"""Rules of attention kernels, memory, compilation and the GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .memory import CompileConfig, CudaConfig, MemoryConfig
+from .memory import BlockMemoryConfig, CompileConfig, CudaConfig, MemoryConfig
 
 
-def attention(memory: MemoryConfig) -> Iterable[str]:
-    """One kernel at most."""
+def blocks(memory: BlockMemoryConfig) -> Iterable[str]:
+    """One attention kernel at most, sizes that make sense, and options only with what they belong to."""
     kernels = {
         "sdpa": memory.sdpa,
         "flash_attn": memory.flash_attn,
@@ -18,8 +18,28 @@ def attention(memory: MemoryConfig) -> Iterable[str]:
     given = [f"--{name}" for name, asked in kernels.items() if asked]
     if len(given) > 1:
         yield f"{', '.join(given)} exclude each other; give one"
+    at_least = {
+        "blocks_to_swap": memory.blocks_to_swap,
+        "ffn_chunk_size": memory.ffn_chunk_size,
+        "split_attn_chunk_size": memory.split_attn_chunk_size,
+    }
+    yield from (f"--{name}: expected 0 or more, got {value}" for name, value in at_least.items() if value < 0)
+    if memory.use_pinned_memory_for_block_swap and memory.blocks_to_swap == 0:
+        yield "--use_pinned_memory_for_block_swap needs --blocks_to_swap"
+    if memory.split_attn_target is None and (memory.split_attn_mode is not None or memory.split_attn_chunk_size > 0):
+        yield "--split_attn_mode and --split_attn_chunk_size need --split_attn_target"
+    elif memory.split_attn_chunk_size > 0 and memory.split_attn_mode != "query":
+        yield "--split_attn_chunk_size needs --split_attn_mode query"
+
+
+def training(memory: MemoryConfig) -> Iterable[str]:
+    """What only training has: kernels without a backward pass, checkpointing."""
     if memory.sage_attn:
         yield "--sage_attn has no backward pass and cannot train; use --sdpa"
+    if memory.blocks_to_checkpoint < -1:
+        yield f"--blocks_to_checkpoint: expected -1 (all), 0 or more, got {memory.blocks_to_checkpoint}"
+    if memory.blocks_to_checkpoint > 0 and not memory.settings.checkpointing:
+        yield "--blocks_to_checkpoint needs --gradient_checkpointing"
 
 
 def compilation(config: CompileConfig) -> Iterable[str]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
-from .rules_memory import attention, compilation, gpu
+from .rules_memory import blocks, compilation, gpu
+from .rules_memory import training as training_memory
 from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .rules_references import references
 from .rules_saving import resume_exists, rotation, uploads
@@ -175,7 +176,8 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     wants_samples = preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs
     if wants_samples and preview.sample_prompts is None:
         yield "--sample_at_first and --sample_every_n_* need --sample_prompts"
-    yield from attention(config.memory)
+    yield from blocks(config.memory)
+    yield from training_memory(config.memory)
     yield from compilation(config.compilation)
     yield from gpu(config.cuda)
     yield from dtypes({"vae_dtype": config.precision.vae_dtype})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from .flag import flag
+from .memory import BlockMemoryConfig
 from .model import CheckpointConfig, GemmaConfig
 
 
@@ -43,7 +44,7 @@ class PreviewConfig:
         aliases=["precache_sample_prompts"],
     )
     sample_prompts_cache: Path | None = flag(None, "the encoded prompts; not given: in the first cache_directory")
-    sample_disable_flash_attn: bool = flag(False, "PyTorch attention in previews (which they use in any case)")
+    sample_disable_flash_attn: bool = flag(False, "PyTorch attention in samples, whatever training uses")
     sample_audio_subprocess: bool = flag(
         True, "no effect: sound is decoded in the training process, and a failure there does not end the run"
     )
@@ -134,5 +135,6 @@ class GenerateVideoConfig:
     generate: GenerateConfig = GenerateConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     lora: GenerateLoraConfig = GenerateLoraConfig()
+    memory: BlockMemoryConfig = BlockMemoryConfig()
     conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()

@@ -7,18 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 _BASE = "leave it out: the base weights stay in bf16"
-_PARTS = "leave it out: attention and feed-forward layers are computed whole"
-_SDPA = "use --sdpa"
 _OFF = "leave it out"
 
 NOT_YET: Mapping[str, str] = {
-    "flash_attn": _SDPA,
-    "flash3": _SDPA,
-    "xformers": _SDPA,
-    **dict.fromkeys(("split_attn_target", "split_attn_mode", "split_attn_chunk_size"), _PARTS),
-    **dict.fromkeys(("ffn_chunk_target", "ffn_chunk_size"), _PARTS),
-    "gradient_checkpointing_cpu_offload": "use --gradient_checkpointing",
-    **dict.fromkeys(("blocks_to_swap", "use_pinned_memory_for_block_swap"), _OFF),
     **dict.fromkeys(("fp8_base", "fp8_scaled", "nf4_base", "nf4_block_size", "quantize_device"), _BASE),
     **dict.fromkeys(("loftq_init", "loftq_iters"), _OFF),
     **dict.fromkeys(("awq_calibration", "awq_alpha", "awq_num_batches"), _OFF),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from musubi_tuner.assembly.transformer import assemble_transformer
+from musubi_tuner.assembly.transformer import assemble_transformer, check_memory
 from musubi_tuner.common.devices import choose_device
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.errors import ConfigErrors, UserError
@@ -55,6 +55,7 @@ def generate(config: GenerateVideoConfig) -> int:
     prompts = read_prompts(config)
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     checkpoint.require("transformer", "generating")
+    check_memory(config.memory.settings, checkpoint, device=device, dtype=dtype)
     video_vae = Checkpoint.open(options.vae) if options.vae else None
     decoders = Decoders(
         checkpoint,
@@ -75,7 +76,9 @@ def generate(config: GenerateVideoConfig) -> int:
         prompts, options.sample_prompts, settings.generated, vaes=vaes, cache=_latent_cache(config)
     )
     encoded = _encoded(config, checkpoint, prompts, device=device, dtype=dtype)
-    transformer, _ = assemble_transformer(checkpoint, streams=settings.generated, dtype=dtype, device=device)
+    transformer, _ = assemble_transformer(
+        checkpoint, streams=settings.generated, dtype=dtype, device=device, memory=config.memory.settings
+    )
     apply_loras(transformer, loras, config.lora.lora_multiplier, device)
     results = render_prompts(
         transformer,

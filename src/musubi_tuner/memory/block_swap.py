@@ -55,7 +55,7 @@ class BlockSwap:
     Args:
         blocks: their frozen tensors.
         device: where they compute.
-        num_slots: blocks on the device at a time; two let one be copied while the other computes.
+        num_slots: swapped blocks on the device at a time; two let one be copied while the other computes.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class BlockSwap:
         self._blocks = blocks
         self._device = device
         self._transfer = transfer
-        self._num_slots = min(num_slots, len(blocks))
+        self.num_slots = min(num_slots, len(blocks))
         self._slots: list[_Slot] = []
         self._current: _Slot | None = None
         self._clock = 0
@@ -78,6 +78,11 @@ class BlockSwap:
     def resident(self) -> frozenset[int]:
         """The swapped blocks whose weights are on the device or on their way."""
         return frozenset(slot.holds for slot in self._slots if slot.holds is not None)
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the weights at home."""
+        return sum(block.nbytes for block in self._blocks)
 
     @property
     def device_bytes(self) -> int:
@@ -95,7 +100,7 @@ class BlockSwap:
             self._current.arriving = False
         self._bind(self._current)
         following = self._following(index, before)
-        if following is not None and self._num_slots > 1:
+        if following is not None and self.num_slots > 1:
             self._fetch(following)
 
     def release(self) -> None:
@@ -134,11 +139,11 @@ class BlockSwap:
 
     def _free_slot(self) -> _Slot:
         """A new slot, else the one that was used longest ago."""
-        if len(self._slots) < self._num_slots:
+        if len(self._slots) < self.num_slots:
             nbytes = max(block.nbytes for block in self._blocks)
             self._slots.append(_Slot(torch.empty(nbytes, dtype=torch.uint8, device=self._device)))
             return self._slots[-1]
-        return min((s for s in self._slots if s is not self._current or self._num_slots == 1), key=lambda s: s.used)
+        return min((s for s in self._slots if s is not self._current or self.num_slots == 1), key=lambda s: s.used)
 
     def _bind(self, slot: _Slot) -> None:
         if slot.holds not in slot.views:

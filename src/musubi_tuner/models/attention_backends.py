@@ -69,8 +69,8 @@ def _kernel(module: str, name: str, *, package: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), name)
     except (ImportError, OSError, AttributeError) as error:  # OSError: built for another CUDA
         raise UserError(
-            f"the attention kernel {module}.{name} cannot be used: {_first_line(error)}; install {package} built for this PyTorch "
-            f"({torch.__version__}), or use --sdpa"
+            f"the attention kernel {module}.{name} cannot be used: {_first_line(error)}; install {package} "
+            f"built for this PyTorch ({torch.__version__}), or use --sdpa"
         ) from None
 
 

@@ -116,8 +116,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def advice(config: TrainNetworkConfig, plan: BatchPlan) -> list[str]:
     """What takes less memory, the cheapest first."""
     found = []
-    if not config.memory.gradient_checkpointing:
+    memory = config.memory
+    if not memory.settings.checkpointing:
         found.append("--gradient_checkpointing")
+    if memory.blocks_to_swap == 0:
+        found.append("--blocks_to_swap N --use_pinned_memory_for_block_swap")
+    if not memory.gradient_checkpointing_cpu_offload:
+        found.append("--gradient_checkpointing_cpu_offload")
     if any(dataset.batch_size > 1 for dataset in plan.training_set.datasets):
         found.append("batch_size = 1, with --gradient_accumulation_steps for the same steps")
     found.append("fewer target_frames or a lower resolution (cache again)")

@@ -71,7 +71,7 @@ def _full(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:
         "num_epochs": facts.num_epochs,
         "max_train_steps": facts.max_train_steps,
         "gradient_accumulation_steps": optimizer.gradient_accumulation_steps,
-        "gradient_checkpointing": config.memory.gradient_checkpointing,
+        "gradient_checkpointing": config.memory.settings.checkpointing,
         "network_dropout": config.network.network_dropout,
         "mixed_precision": facts.mixed_precision,
         "full_fp16": config.precision.full_fp16,

@@ -100,7 +100,7 @@ def report_plan(
         optimizer,
         max(sizes, key=lambda size: size.total),
         dtype=compute.dtype,
-        checkpointing=config.memory.gradient_checkpointing,
+        checkpointing=config.memory.settings.checkpointing,
     )
     rate = config.optimizer.learning_rate
     _log_training_plan(

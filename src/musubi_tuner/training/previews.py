@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from musubi_tuner.generation.run import Job, decode_tiling, preview_stem, render
 from musubi_tuner.generation.sample_latents import VaeSource, cache_choice, obtain_sample_latents
 from musubi_tuner.generation.text_encoding import load_encoder_and_encode
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.attention import plain_attention
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
@@ -76,7 +78,8 @@ class Previewer:
             dtype=self.dtype,
         )
         self.network.eval()
-        with evaluation_weights(self.optimizer):
+        plain = plain_attention if self.config.preview.sample_disable_flash_attn else nullcontext
+        with evaluation_weights(self.optimizer), plain(self.transformer):
             results = render_prompts(
                 self.transformer,
                 self.jobs,

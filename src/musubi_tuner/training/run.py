@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from accelerate.utils import broadcast_object_list
 
+from musubi_tuner.assembly.transformer import check_memory
 from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.config.notices import without_effect
 from musubi_tuner.config.references import resolve_strategy
@@ -63,6 +64,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     check_references(config, datasets)
     resumed = find_resumed(config)
     compute = make_compute(config)
+    check_memory(config.memory.settings, checkpoint, device=compute.device, dtype=compute.dtype)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     world_size = compute.accelerator.num_processes
     loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size)
@@ -171,7 +173,7 @@ def _with_implied(config: TrainNetworkConfig, explicit: frozenset[str]) -> Train
 def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], progress: Progress) -> None:
     for notice in without_effect(config, explicit):
         logger.warning("%s", notice)
-    if not config.memory.sdpa:
+    if config.memory.settings.attention == "sdpa" and not config.memory.sdpa:
         logger.info("no attention kernel named: using --sdpa")
     if "learning_rate" not in explicit:
         logger.warning("--learning_rate not given: using 2e-6; LoRA runs usually use about 1e-4")

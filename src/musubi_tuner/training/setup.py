@@ -134,7 +134,7 @@ def load_model(
         device=compute.device,
         network=make,
         compilation=config.compilation.settings,
-        gradient_checkpointing=config.memory.gradient_checkpointing,
+        memory=config.memory.settings,
     )
     if settings.network_weights is not None:
         network.load_weights(settings.network_weights)

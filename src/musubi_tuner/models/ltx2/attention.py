@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +73,20 @@ class Attention(nn.Module):
         if self.to_gate_logits is not None:
             out = out * (2 * torch.sigmoid(self.to_gate_logits(x))).unsqueeze(-1)
         return self.to_out[0](out.flatten(2))
+
+
+@contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """PyTorch's attention in all of a model while it is open, whatever was attached."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    attached = [layer.attention_function for layer in layers]
+    try:
+        for layer in layers:
+            layer.attention_function = attention
+        yield
+    finally:
+        for layer, function in zip(layers, attached, strict=True):
+            layer.attention_function = function
 
 
 def text_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

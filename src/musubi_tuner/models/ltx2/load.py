@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,30 +29,44 @@ def build_transformer(config: TransformerConfig, mode: Mode) -> LTX2Transformer:
     return model.requires_grad_(False)
 
 
+def transformer_config(checkpoint: Checkpoint) -> TransformerConfig:
+    """The configuration of a checkpoint's transformer, from its metadata and shapes."""
+    return TransformerConfig.from_metadata(checkpoint.config.get("transformer"), _shapes(checkpoint))
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(info.shape) for key, info in checkpoint.tensors.items()}
+
+
 def load_transformer(
     checkpoint: Checkpoint,
     *,
     mode: Mode,
     dtype: torch.dtype,
     device: torch.device | str,
+    host_blocks: Collection[int] = (),
 ) -> LTX2Transformer:
-    """Load the frozen transformer, or the stream of it that ``mode`` asks for.
+    """Load the frozen transformer, or the stream of it that ``mode`` asks for, to ``device``.
 
     Only that stream's tensors are read, in the order of the file, each straight to its place: host memory
-    holds little more than what stays there.
+    holds little more than what stays there, which are the blocks at the positions ``host_blocks``.
 
     Raises:
         UserError: before anything is read, when the tensors are not exactly those of the configuration.
     """
-    shapes = {key: tuple(info.shape) for key, info in checkpoint.tensors.items()}
-    config = TransformerConfig.from_metadata(checkpoint.config.get("transformer"), shapes)
-    model = build_transformer(config, mode)
+    shapes = _shapes(checkpoint)
+    model = build_transformer(transformer_config(checkpoint), mode)
     keys = {name: key for name, key in transformer_keys(shapes).items() if in_mode(name, mode)}
     _check_tensors(model, {name: shapes[key] for name, key in keys.items()}, source=str(checkpoint.path))
 
     names = {key: name for name, key in keys.items()}
     sizes = {key: checkpoint.tensors[key].nbytes for key in names}
-    tensors = checkpoint.read(list(names), device=device, dtype=dtype)
+    host_prefixes = tuple(f"transformer_blocks.{position}." for position in host_blocks)
+    on_host = {key: name.startswith(host_prefixes) for key, name in names.items()}
+    tensors = chain(
+        checkpoint.read([key for key in names if not on_host[key]], device=device, dtype=dtype),
+        checkpoint.read([key for key in names if on_host[key]], device="cpu", dtype=dtype),
+    )
     for key, tensor in bytes_progress(tensors, sizes, desc="transformer"):
         assign_parameter(model, names[key], tensor)
     assert_complete(model)

@@ -1,8 +1,8 @@
 """What each way of saving memory saves, counted: weights on the device, and the most that a training step allocates.
 
-Runs on a CPU, where every allocation is counted by PyTorch's profiler; "device" and "host" are then two roles of the same
-memory, and the times say what recomputing costs, not what copies to a GPU cost. With --device cuda the allocator's own
-peak is taken.
+Runs on a CPU, where every allocation is counted by PyTorch's profiler; "device" and "host" are then two roles of the
+same memory, and the times say what recomputing costs, not what copies to a GPU cost. With --device cuda the
+allocator's own peak is taken.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --size tiny
@@ -43,7 +43,7 @@ class Size:
     part: int  # tokens or queries of a part
 
 
-SIZES = {"tiny": Size(4, 16, 256, 32, 64), "mid": Size(8, 32, 1024, 49, 256)}
+SIZES = {"tiny": Size(4, 16, 256, 32, 64), "mid": Size(6, 32, 512, 49, 128)}
 
 
 def combinations(size: Size) -> dict[str, MemorySettings]:

@@ -1,7 +1,7 @@
 """The one place where features are put on the transformer, in the order that keeps them correct.
 
-1. quantise linears (a later version), 2. network, attention kernel, layers computed in parts, 3. compile, 4. block swap,
-5. gradient checkpointing around the block, 6. taps on blocks (later). Model code has no branch for any of them.
+1. quantise linears (a later version), 2. network, attention kernel, layers computed in parts, 3. compile, 4. block
+swap, 5. gradient checkpointing around the block, 6. taps on blocks (later). Model code has no branch for any of them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 logger = logging.getLogger(__name__)
 
 NetworkFactory = Callable[[LTX2Transformer], LoRANetwork]
+
+_PLAIN = MemorySettings()
 
 # Systems lock no more of their memory, and the rest of a run needs some.
 _PINNED_SHARE = 0.5
@@ -69,7 +71,7 @@ def assemble_transformer(
     device: torch.device,
     network: NetworkFactory | None = None,
     compilation: CompileSettings | None = None,
-    memory: MemorySettings = MemorySettings(),
+    memory: MemorySettings = _PLAIN,
 ) -> tuple[LTX2Transformer, LoRANetwork | None]:
     """Load the frozen transformer and attach what training asked for.
 

@@ -7,7 +7,6 @@ from typing import Literal, get_args
 
 from .flag import flag
 
-
 SplitTarget = Literal["all", "self", "cross", "text_cross", "av_cross", "video", "audio"]
 FeedForwardTarget = Literal["all", "video", "audio"]
 

@@ -202,7 +202,7 @@ IGNORED: Mapping[str, str] = {
 COMMAND_LINE_ONLY = frozenset(
     """
     audio_only_sequence_resolution audio_only_target_fps audio_only_target_resolution
-    audio_video_latent_channels dataset_config debug_dataset debug_mode device gemma_root keep_cache
+    audio_video_latent_channels dataset_config debug_mode device gemma_root keep_cache
     gradient_accumulation_steps learning_rate ltx2_audio_dir ltx2_audio_dtype ltx2_audio_ext ltx2_mode
     ltx2_audio_source ltx2_checkpoint ltx_version max_train_epochs max_train_steps mixed_precision seed
     network_alpha network_dim num_timestep_buckets num_workers output_dir output_name skip_existing

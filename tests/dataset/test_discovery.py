@@ -417,3 +417,13 @@ def test_a_clip_kept_in_two_sizes_is_trained_once_from_the_source_of_today(sourc
         found = _discover(entry, "video")
     assert [i.latents.name for i in found.items()] == [new]
     assert "caches from other settings are ignored: a" in caplog.text
+
+
+def test_a_clip_without_text_does_not_take_that_of_a_source_named_like_it(source: Path) -> None:
+    entry = _entry(source)
+    (source / "a_00000-009.mp4").write_bytes(b"never opened")
+    (source / "a_00000-009.txt").write_text("caption of another", encoding="utf-8")
+    item = _write(entry, "a")
+    item.text.rename(entry.cache_directory / "a_00000-009_ltx2_te.safetensors")
+    _write(entry, "b")
+    assert [i.base for i in _discover(entry).items()] == ["b_00000-009"]

@@ -283,7 +283,10 @@ class CacheSearch:
 
     def find_text(self, stem: str, base: str) -> CacheName | None:
         """The name of the text cache of a clip; ``None`` if there is none."""
-        return next((n for n in (CacheName(stem, "text"), CacheName(base, "text")) if n in self.names), None)
+        options = [CacheName(stem, "text")]
+        if base not in (self.captions or {}):  # else it is the text of a source that is named like this clip
+            options.append(CacheName(base, "text"))
+        return next((name for name in options if name in self.names), None)
 
     def find_audio(self, name: CacheName) -> tuple[Path, AudioHeader] | tuple[None, None]:
         """The sound of a clip; damaged files are noted."""

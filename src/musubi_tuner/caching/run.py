@@ -87,6 +87,8 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
         _check_virtual_size(datasets, config.audio)
     check_companions(datasets, mode, strict=config.references.strict_references)
     device = choose_device(config.dataset.device)
+    if config.encoding.disable_cudnn_backend:
+        torch.backends.cudnn.enabled = False
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     vae_checkpoint = Checkpoint.open(config.encoding.vae) if config.encoding.vae else checkpoint
     if mode != "audio":

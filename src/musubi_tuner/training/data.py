@@ -8,12 +8,13 @@ from dataclasses import replace
 from musubi_tuner.common.av import AV
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.discovery import discover
+from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, check_caches
 from musubi_tuner.dataset.items import TrainingSet
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.dataset.manifest import load_dataset_manifest
 from musubi_tuner.dataset.sampling import BatchPlan
-from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
+from musubi_tuner.dataset.schema import check_mode, load_dataset_config
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.config import TransformerConfig
 

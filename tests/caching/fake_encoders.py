@@ -52,11 +52,16 @@ class FakeAudioVAE:
 
 
 class FakeTextEncoder:
-    """Embeddings that hold the length of the prompt."""
+    """Embeddings that hold the length of the prompt; it reads ``limit`` words."""
+
+    limit = 1000
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
         self.bad: set[str] = set()
+
+    def excess_tokens(self, prompt: str) -> int:
+        return max(len(prompt.split()) - self.limit, 0)
 
     def encode(self, prompts: Sequence[str], mode: str) -> PromptEmbeds:
         if self.bad & set(prompts):

@@ -81,6 +81,7 @@ def test_videos_with_sound(videos: Path, caplog) -> None:
     assert metadata == {
         **{"architecture": "ltx2_v1", "format_version": "1.0.1", "width": "128", "height": "64"},
         **{"frame_count": "17", "target_fps": "25.0", "bucket": "128x64", "start_frame": "0"},
+        "frame_extraction": "head",
         **{"source_name": "a.mp4", "source_size": str(stat.st_size), "source_mtime_ns": str(stat.st_mtime_ns)},
         "encoder_id": "video id",
     }
@@ -361,6 +362,24 @@ def test_chunks_are_all_cached_and_kept(videos: Path) -> None:
     assert _counts(summary, "video") == (9, 0, 0, 0)  # 3 of each 30 frames
     assert "a_00018-009_0128x0064_ltx2.safetensors" in _names(entry)
     assert _counts(_run(entry, options=SKIP), "video") == (0, 9, 0, 0)
+
+
+def test_kept_clips_learn_of_another_extraction(videos: Path, caplog) -> None:
+    """Else training could not tell a video that gives one clip from one that lacks its others."""
+    _run(_entry(videos))
+    chunks = _entry(videos, frame_extraction="chunk")  # one chunk of 17 in 30 frames: nothing to encode
+    vae = FakeVideoVAE()
+    before = {name: read_latents(chunks.cache_directory / name) for name in _names(chunks) if "audio" not in name}
+    assert _counts(_run(chunks, options=SKIP, video_vae=vae), "video") == (0, 3, 0, 0)
+    assert vae.batches == []
+    for name, latents in before.items():
+        file = SafetensorsFile(chunks.cache_directory / name)
+        assert file.metadata["frame_extraction"] == "chunk"
+        assert file.metadata["frame_count"] == "17"
+        assert torch.equal(read_latents(file.path), latents)
+    times = [(chunks.cache_directory / name).stat().st_mtime_ns for name in before]
+    _run(chunks, options=SKIP)
+    assert [(chunks.cache_directory / name).stat().st_mtime_ns for name in before] == times
 
 
 def test_a_full_disk_ends_the_run_with_one_message(videos: Path, monkeypatch) -> None:

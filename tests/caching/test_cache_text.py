@@ -90,6 +90,7 @@ def test_the_encoder_is_not_loaded_when_all_is_current(entry: DatasetEntry) -> N
         (replace(RECIPE, connectors=EncoderRecord("other")), "another checkpoint"),
         (replace(RECIPE, gemma_id="other"), "changed: gemma"),
         (replace(RECIPE, dtype=torch.bfloat16), "changed: dtype"),
+        (replace(RECIPE, max_length=256), "changed: max_length"),
     ],
 )
 def test_what_changed_is_encoded_again(entry: DatasetEntry, recipe: TextRecipe, reason: str) -> None:

@@ -152,7 +152,7 @@ def test_a_corrupt_video_ends_with_status_1_unless_allowed(assets: Assets, caplo
             cache_text,
             ["--gemma_load_in_8bit", "--gemma_load_in_4bit", "--precache_sample_prompts"],
             [
-                "give exactly one of --gemma_root (a folder) and --gemma_safetensors (a file)",
+                "give --gemma_root (a folder) or --gemma_safetensors (a file)",
                 "exclude each other",
                 "--precache_sample_prompts needs --sample_prompts",
             ],

@@ -6,15 +6,30 @@ from cache_files import AUDIO_WIDTH, CHANNELS, TOKENS, VIDEO_WIDTH, WIDTHS, one_
 
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.common.safetensors_io import save_safetensors
+from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.dataset.batch import SampleKey
-from musubi_tuner.dataset.collate import collate, load_batch, load_item
+from musubi_tuner.dataset.collate import collate, damaged_files, load_batch, load_item
 from musubi_tuner.dataset.sampling import BatchSpec
 
 
 def _load(items, mode, **options):
     loaded = [load_item(item, mode, SampleKey(item.base)) for item in items]
     return collate(loaded, **options)
+
+
+@pytest.mark.parametrize("part", ["latents", "audio", "text"])
+def test_damaged_files_are_found_among_those_of_a_batch(tmp_path: Path, part: str) -> None:
+    items = [write_item(tmp_path, name, audio_steps=3) for name in ("a", "b", "c")]
+    keys = [SampleKey("a"), SampleKey("b", repeat=1)]
+    training_set = one_dataset(items)
+    assert damaged_files(training_set, keys) == []
+    for item, value in ((items[1], float("inf")), (items[2], float("nan"))):  # c is in another batch
+        file = SafetensorsFile(getattr(item, part))
+        tensors = {key: t + value if t.is_floating_point() else t for key, t in file.read()}
+        save_safetensors(tensors, file.path, file.metadata)
+    assert damaged_files(training_set, keys) == [getattr(items[1], part)]
+    getattr(items[0], part).unlink()
+    assert damaged_files(training_set, keys) == [getattr(items[0], part), getattr(items[1], part)]
 
 
 def test_videos_with_and_without_sound_share_a_batch(tmp_path: Path) -> None:

@@ -273,6 +273,27 @@ def test_clips_of_another_extraction_are_not_trained(source: Path, change: dict,
     assert {item.base for item in _discover(entry).items()} == bases
 
 
+@pytest.mark.parametrize(
+    ("recorded", "options", "told"),
+    [
+        (("head",), {"frame_extraction": "chunk"}, True),
+        (("full 65",), {"frame_extraction": "full"}, True),
+        (("head", "chunk"), {"frame_extraction": "chunk"}, False),  # the new clips were added, the old one was kept
+        (("chunk",), {"frame_extraction": "chunk"}, False),
+        ((None,), {"frame_extraction": "chunk"}, False),  # not known
+    ],
+)
+def test_clips_that_may_be_missing_after_another_extraction_are_told(source, caplog, recorded, options, told) -> None:
+    entry = _entry(source, **options)
+    for index, rule in enumerate(recorded):
+        made = _made(source, "a")
+        made["latents"] |= {"frame_extraction": rule} if rule else {}
+        _write(entry, "a", start=9 * index, metadata=made)
+    with caplog.at_level(logging.WARNING):
+        _discover(entry)
+    assert ("a: cached with other settings of frame_extraction" in caplog.text) == told
+
+
 def test_what_mode_video_does_not_use_is_not_checked(source: Path) -> None:
     entry = _entry(source)
     _write(entry, "a", audio_steps=3)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -16,6 +17,7 @@ from musubi_tuner.dataset.frames import (
     output_length,
     resample_indices,
     sample_frames,
+    settle_rate,
 )
 
 
@@ -96,6 +98,16 @@ def test_sound_of_kept_frames_lies_where_the_frames_lie() -> None:
 def test_sound_of_resampled_frames_lies_on_the_output_grid() -> None:
     samples = list(sample_frames(((t, t) for t in _times(121, 30)), FrameRate(30.0, 25.0, resample=True)))
     assert [s.time for s in samples] == pytest.approx([j / 25 for j in range(len(samples))])
+
+
+def test_only_frames_that_can_be_used_decide_whether_the_rate_varies() -> None:
+    times = [i / 25 for i in range(10)] + [5 + i / 10 for i in range(10)]
+    rate = FrameRate(25.0, 25.0)
+    assert settle_rate(rate, times, limit=9) == rate
+    assert settle_rate(rate, times, limit=10) == replace(rate, resample=True, variable=True)
+    assert settle_rate(rate, times, limit=None).variable
+    for settled in (replace(rate, given=True), replace(rate, resample=True)):
+        assert settle_rate(settled, times, limit=None) == settled
 
 
 def test_an_empty_stream_gives_nothing() -> None:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.dataset.batch import AudioLatents, Batch, SampleKey, TextEmbeds, VideoLatents
 from musubi_tuner.diffusion.noising import noise_batch, sample_generators
@@ -97,11 +96,13 @@ def test_a_sample_draws_the_same_alone_and_in_any_batch():
 def test_noise_does_not_depend_on_the_flags():
     batch = item(1, steps=10)
     shared, independent = noised(batch), noised(batch, independent_audio=True)
-    fixed = noised(batch, sigma=AV(video=torch.tensor([0.25])))
+    fixed = noised(batch, quantiles=torch.tensor([0.25]))
     for other in (independent, fixed):
         assert torch.equal(shared.video.noise, other.video.noise)
         assert torch.equal(shared.audio.noise, other.audio.noise)
-    assert float(fixed.video.sigma) == 0.25
+    grid = torch.tensor([batch.video.latents.shape[2:]])
+    assert torch.equal(fixed.video.sigma, SAMPLER.quantile(0.25, grid))
+    assert torch.equal(fixed.audio.sigma, fixed.video.sigma)
 
 
 def test_audio_shares_the_level_unless_independent():

@@ -22,6 +22,9 @@ class FakeEncoder:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
+    def excess_tokens(self, prompt):
+        return 0
+
     def encode(self, prompts, mode):
         self.calls += prompts
         g = torch.Generator().manual_seed(len(prompts[0]))

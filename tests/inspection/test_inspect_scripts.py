@@ -218,6 +218,19 @@ def test_prepared_clips_as_pictures_and_as_a_table(videos: Path, capsys) -> None
     assert re.search(r"other_00000-017 +128x64 +17 +0.68 +24 +0", capsys.readouterr().err)
 
 
+def test_prepared_clips_of_an_earlier_run_go_and_files_of_the_user_stay(videos: Path) -> None:
+    flags = ("--dataset_config", videos, "--debug_mode")
+    folder = videos.parent / "debug" / "datasets_0"
+    assert _status(cache_latents, *flags, "video") == 0
+    mine = folder / "plain_00000-017.txt"
+    mine.write_text("a remark", encoding="utf-8")
+    (videos.parent / "clips" / "other.mp4").unlink()
+    assert _status(cache_latents, *flags, "console") == 0
+    assert (folder / "other_00000-017.mp4").exists()
+    assert _status(cache_latents, *flags, "image") == 0
+    assert {path.name for path in folder.iterdir()} == {mine.name, "plain_00000-017.png", f"{ODD}_00000-017.png"}
+
+
 def test_a_damaged_file_does_not_stop_prepared_clips(videos: Path) -> None:
     (videos.parent / "clips" / "bad.mp4").write_bytes(b"nothing")
     (videos.parent / "clips" / "bad.txt").write_text("bad", encoding="utf-8")

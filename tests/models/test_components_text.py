@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from components_tiny import write_components
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForImageTextToText
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.demo.gemma import write_gemma
+from musubi_tuner.generation.text_encoding import prompt_length
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.gemma import load_gemma
 from musubi_tuner.models.gemma_parts import language_model_name, load_tokenizer
@@ -141,6 +144,72 @@ def test_fp8_single_file_uses_its_scales(folder, tmp_path, suffix, offload):
     torch.testing.assert_close(gemma.encode(PROMPTS[:1])[0], reference.encode(PROMPTS[:1])[0])
     gemma.to("cpu")
     assert all(layer.weight.dtype == torch.float8_e4m3fn for layer in layers)
+
+
+def _sentencepiece() -> bytes:
+    """A SentencePiece model with Gemma's special ids."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["A cat looks at the camera.", "A big grey rabbit yawns in the meadow."] * 20),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_single_file_with_a_sentencepiece_tokenizer(folder, tmp_path, dtype, fp8):
+    proto = _sentencepiece()
+
+    def change(tensors):
+        tensors["spiece_model"] = torch.frombuffer(bytearray(proto), dtype=torch.uint8).view(dtype)
+        for key in [k for k in tensors if fp8 and k.endswith("_proj.weight") and "vision" not in k]:
+            tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+
+    path = single_file(folder, tmp_path / "gemma.safetensors", change=change, tokenizer=False)
+    gemma = load_gemma(None, safetensors=path, dtype=torch.float32)
+    ids, mask = gemma.tokenize(["  A cat looks. ", ""])
+    pieces = SentencePieceProcessor(model_proto=proto)
+    expected = [2, *pieces.encode("A cat looks.")]
+    assert ids[0, mask[0].bool()].tolist() == expected
+    assert ids[0, : -len(expected)].unique().tolist() == [0]
+    assert ids[1, mask[1].bool()].tolist() == [2]
+    assert gemma.excess_tokens("A cat looks. " * 50) == 0
+    long = "A cat looks at the camera. " * 200
+    assert gemma.excess_tokens(long) == 1 + len(pieces.encode(long.strip())) - 1024
+    assert gemma.tokenize([long])[1].sum() == 1024
+    states, _ = gemma.encode(["A cat"])
+    assert states.isfinite().all()
+
+
+def test_tokens_beyond_the_limit_are_counted(folder):
+    gemma = load_gemma(folder, dtype=torch.float32, max_length=128)
+    per_word = len(gemma._tokenizer("cat " * 100)["input_ids"]) - len(gemma._tokenizer("cat " * 99)["input_ids"])
+    full = len(gemma._tokenizer(("cat " * 1000).strip())["input_ids"])
+    assert gemma.excess_tokens("cat " * 1000) == full - 128
+    assert gemma.excess_tokens("cat " * 1001) == full - 128 + per_word
+    assert gemma.excess_tokens("a cat") == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "length"), [(None, None), ("", None), ("1024", None), ("256", 256), ("0", "0"), ("much", "much")]
+)
+def test_the_length_of_prompts_by_the_environment(monkeypatch, value, length):
+    monkeypatch.delenv("LTX2_GEMMA_MAX_LENGTH", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LTX2_GEMMA_MAX_LENGTH", value)
+    if isinstance(length, str):
+        with pytest.raises(UserError, match=f"LTX2_GEMMA_MAX_LENGTH is '{length}'"):
+            prompt_length()
+    else:
+        assert prompt_length() == length
 
 
 def test_packed_weights_are_refused(folder, tmp_path):

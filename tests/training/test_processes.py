@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from musubi_tuner.demo.assets import asset_paths
 
+TIMINGS = ("step_seconds", "tokens_per_second", "data_wait_share", "peak_memory_gib")
 SCRIPT = Path(__file__).parents[2] / "ltx2_train_network.py"
 
 
@@ -25,7 +27,21 @@ def arguments(assets, output: Path, *extra: str) -> list[str]:
         *("--audio_loss_balance_mode", "inv_freq", "--audio_loss_balance_beta", "0.3", "--num_timestep_buckets", "2"),
         *("--audio_supervision_mode", "warn", "--audio_supervision_warmup_steps", "0"),
         *("--output_dir", str(output), "--output_name", "x", "--save_state", *extra),
+        *("--logging_dir", str(output / "logs"), "--validate_every_n_steps", "2"),
     ]
+
+
+def add_validation(assets) -> None:
+    """Three of the clips once more, as a validation dataset: it cannot be dealt evenly to two processes either."""
+    cache = assets.cache.with_name("cache_validation")
+    shutil.copytree(assets.cache, cache)
+    sorted(cache.glob("*_audio.safetensors"))[0].unlink()
+    stem = min(path.stem for path in assets.videos.glob("*.mp4"))
+    for file in cache.glob(f"{stem}_*"):
+        file.unlink(missing_ok=True)
+    text = assets.dataset.read_text(encoding="utf-8")
+    section = text.partition("[[datasets]]")[2].replace('"cache"', '"cache_validation"')
+    assets.dataset.write_text(f"{text}\n[[validation_datasets]]{section}", encoding="utf-8")
 
 
 def test_two_processes_equal_one_that_accumulates_two_batches(cached_demo, tmp_path: Path):
@@ -36,6 +52,7 @@ def test_two_processes_equal_one_that_accumulates_two_batches(cached_demo, tmp_p
     """
     shutil.copytree(cached_demo().checkpoint.parent, tmp_path / "assets")
     assets = asset_paths(tmp_path / "assets")
+    add_validation(assets)
     caches = assets.checkpoint.parent / "cache"
     sounds = sorted(caches.glob("*_audio.safetensors"))
     sounds[0].unlink()
@@ -62,6 +79,23 @@ def test_two_processes_equal_one_that_accumulates_two_batches(cached_demo, tmp_p
     for name in ("audio_balance", "audio_supervision"):
         assert progress[0][name] == progress[1][name]
     assert 0.3 < progress[0]["audio_balance"]["presence"] < 1
-    assert progress[0]["audio_supervision"] == {"expected": 8, "supervised": 6}
+    assert progress[0]["audio_supervision"] == {"expected": 6, "supervised": 4}
+    numbers = [logged(tmp_path / run) for run in ("one", "two")]
+    names = {"val_loss", "val_loss_video", "val_loss_audio", "loss/current", "grad_norm/audio", "loss/sigma_0.75-1.00"}
+    assert names <= numbers[0].keys() == numbers[1].keys()
+    for name, values in numbers[0].items():
+        if name not in TIMINGS:
+            assert numbers[1][name] == pytest.approx(values, rel=1e-4), name
+    assert list(numbers[1]["val_loss"]) == [2, 4]
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def logged(output: Path) -> dict[str, dict[int, float]]:
+    """All scalars in TensorBoard's files, by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (output / "logs").glob("*/network_train")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.training.optimizers import create_optimizer
+from musubi_tuner.training.optimizers import create_optimizer, is_schedule_free
 from musubi_tuner.training.state import (
     Progress,
     find_latest_state,
@@ -46,39 +46,81 @@ def names(net: Net, optimizer) -> list[str]:
 
 def steps(net: Net, optimizer, start: int, stop: int) -> None:
     for i in range(start, stop):
-        x = torch.randn(8, 96, generator=torch.Generator().manual_seed(i))
+        x = torch.randn(8, 96, generator=torch.Generator().manual_seed(i)).to(net.a.weight.dtype)
         net(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD", "AdamW8bit", "Adafactor", "torch.optim.RMSprop"])
-def test_restored_optimizer_continues_bit_for_bit(tmp_path: Path, kind: str):
-    args = {
-        "Adafactor": ["relative_step=False", "scale_parameter=False"],
-        "AdamW8bit": ["min_8bit_size=64"],
-    }.get(kind, [])
-    straight = Net(0)
-    optimizer = create_optimizer(kind, groups(straight), args)
-    steps(straight, optimizer, 0, 4)
+OPTIMIZERS = {
+    "AdamW": [],
+    "AdamW, plain loop": ["fused=False", "foreach=False", "amsgrad=True"],
+    "AdamW8bit": ["min_8bit_size=64"],
+    "PagedAdamW8bit": ["min_8bit_size=64"],
+    "PagedAdam8bit": ["min_8bit_size=64"],
+    "Lion8bit": ["min_8bit_size=64"],
+    "bitsandbytes.optim.AdEMAMix8bit": ["min_8bit_size=64"],
+    "Adafactor": [],
+    "Adafactor, warm-up of its own": ["warmup_init=True", "beta1=0.9"],
+    "Adafactor, given rates": ["relative_step=False", "scale_parameter=False"],
+    "Lion": ["weight_decay=0.1"],
+    "Prodigy": ["d0=1e-4", "bias_correction=True", "safeguard_warmup=True"],
+    "AdamWScheduleFree": ["warmup_steps=3"],
+    "CAME": [],
+    "Muon": ["weight_decay=0.01"],
+    "SGD": ["momentum=0.9"],
+    "torch.optim.RMSprop": ["centered=True"],
+    "torch.optim.NAdam": [],
+    "torch.optim.Adagrad": [],
+    "pytorch_optimizer.AdaBelief": [],
+    "pytorch_optimizer.SOAP": [],
+    "prodigyopt.Prodigy": [],
+    "schedulefree.AdamWScheduleFree": [],
+}
+ONE_RATE = ("Prodigy", "prodigyopt.Prodigy")
+
+
+def make_optimizer(name: str, net: Net) -> torch.optim.Optimizer:
+    kind = name.partition(",")[0]
+    if kind.partition(".")[0] in ("prodigyopt", "schedulefree"):
+        pytest.importorskip(kind.partition(".")[0])
+    own = groups(net)
+    if kind in ONE_RATE:
+        own = [{**group, "lr": 1.0} for group in own]
+    optimizer = create_optimizer(kind, own, OPTIMIZERS[name])
+    if is_schedule_free(optimizer):
+        optimizer.train()
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_restored_optimizer_continues_bit_for_bit(tmp_path: Path, kind: str, dtype: torch.dtype):
+    straight = Net(0).to(dtype)
+    optimizer = make_optimizer(kind, straight)
+    start = [p.detach().clone() for p in straight.parameters()]
+    steps(straight, optimizer, 0, 5)
+    if dtype == torch.float32:  # the first steps of a warm-up are too small for bfloat16
+        assert not all(torch.equal(a, b) for a, b in zip(start, straight.parameters(), strict=True)), "it learns"
     save_state(
         tmp_path / "x-state",
-        progress=Progress(seed=3, global_step=4, epoch_losses=[0.1, 0.2]),
+        progress=Progress(seed=3, global_step=5, epoch_losses=[0.1, 0.2]),
         network=straight.state_dict(),
         optimizer=optimizer,
         parameter_names=names(straight, optimizer),
         settings={"mode": "av"},
     )
-    steps(straight, optimizer, 4, 8)
+    steps(straight, optimizer, 5, 10)
 
-    resumed = Net(1)
-    other = create_optimizer(kind, groups(resumed), args)
+    resumed = Net(1).to(dtype)
+    other = make_optimizer(kind, resumed)
     progress, settings, scalars = read_progress(tmp_path / "x-state")
     restore_network(tmp_path / "x-state", resumed)
     restore_optimizer(tmp_path / "x-state", scalars, other, names(resumed, other))
-    steps(resumed, other, 4, 8)
+    steps(resumed, other, 5, 10)
 
-    assert (progress.seed, progress.global_step, progress.epoch_losses) == (3, 4, [0.1, 0.2])
+    assert (progress.seed, progress.global_step, progress.epoch_losses) == (3, 5, [0.1, 0.2])
     assert settings == {"mode": "av"}
     for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -159,21 +201,29 @@ def test_other_optimizer_or_network_is_refused(tmp_path: Path):
         restore_optimizer(tmp_path / "x-state", scalars, adamw, names(net, adamw))
 
 
-@pytest.mark.parametrize(
-    ("kind", "args", "message"),
-    [
-        ("AdamWW", [], "torch.optim has no class AdamWW"),
-        ("nowhere.Opt", [], "pip install nowhere"),
-        ("AdamW", ["betas"], "expected key=value"),
-        ("AdamW", ["bates=(0.9,0.99)"], "bates"),
-        ("AdamW", ["betas=(2,3)"], "Invalid beta"),
-        ("Adafactor", [], "relative_step"),
-    ],
-)
-def test_bad_optimizer_flags(kind: str, args: list[str], message: str):
-    with pytest.raises(UserError) as caught:
-        create_optimizer(kind, groups(Net(0)), args)
-    assert message in str(caught.value)
+def test_an_optimizer_that_keeps_what_json_cannot_hold_is_named(tmp_path: Path):
+    net = Net(0)
+    optimizer = create_optimizer("SGD", groups(net))
+    optimizer.param_groups[0]["hook"] = print
+    with pytest.raises(UserError, match="SGD keeps a builtin_function_or_method .group/0/hook"):
+        save_state(
+            tmp_path / "x-state",
+            progress=Progress(seed=0),
+            network=net.state_dict(),
+            optimizer=optimizer,
+            parameter_names=names(net, optimizer),
+            settings={},
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_groups_are_refused(tmp_path: Path):
+    net = saved(tmp_path / "x-state")
+    _, _, scalars = read_progress(tmp_path / "x-state")
+    merged = [{"params": [p for g in groups(net) for p in g["params"]], "lr": 1e-3, "label": "unet"}]
+    optimizer = create_optimizer("AdamW", merged)
+    with pytest.raises(UserError, match="2 groups of parameters, but this run has 1"):
+        restore_optimizer(tmp_path / "x-state", scalars, optimizer, names(net, optimizer))
 
 
 def test_a_state_of_another_rank_or_alpha_is_refused(tmp_path: Path):

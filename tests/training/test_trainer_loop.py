@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
+from cache_files import one_dataset, write_item
 from torch import nn
 
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
+from musubi_tuner.dataset.batch import SampleKey
+from musubi_tuner.dataset.items import TrainingSet
+from musubi_tuner.dataset.sampling import BatchPlan
 from musubi_tuner.diffusion.balance import BalanceSettings
 from musubi_tuner.diffusion.losses import LossTerm
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
+from musubi_tuner.training import tally as tally_module
 from musubi_tuner.training import trainer as trainer_module
 from musubi_tuner.training.audio_watch import AudioWatch
+from musubi_tuner.training.lr_plan import FactorPlan
 from musubi_tuner.training.lr_schedulers import ScheduleSettings
 from musubi_tuner.training.setup import Compute, make_scaler
 from musubi_tuner.training.state import Progress
@@ -30,11 +40,18 @@ class View:
     video: float | None = 1.0
     audio: float | None = None
     num_tokens: int = 1
+    keys: tuple[SampleKey, ...] = ()
+    level: float = 0.5
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        return torch.tensor([self.level])
 
 
 @dataclass
 class Loader:
     views: list[View]
+    plan: BatchPlan = field(default_factory=lambda: BatchPlan(TrainingSet("video", ()), seed=0))
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
         return len(self.views)
@@ -77,24 +94,38 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_view", lambda self, batch, epoch: batch)
 
 
-def run(views: list[View], *, steps: int, progress=None, accumulation=1, scaler=None, lr=0.1, watch=None):
+def run(
+    views: list[View],
+    *,
+    steps: int,
+    plan=None,
+    progress=None,
+    accumulation=1,
+    scaler=None,
+    lr=0.1,
+    watch=None,
+    actions=(),
+    norm_groups=None,
+):
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     task = TaskSettings(NoiseLevelSampler(), seed=0, device=torch.device("cpu"), dtype=torch.float32)
-    loop = LoopSettings(steps, accumulation, 0.0, "constant", ScheduleSettings(steps), (lr,))
+    loop = LoopSettings(steps, accumulation, 0.0, FactorPlan("constant", ScheduleSettings(steps), (lr,)))
     recorder = Recorder()
     Trainer(
         model,
         [model.weight],
         optimizer,
-        Loader(views),
+        Loader(views, plan) if plan else Loader(views),
         task,
         loop,
         progress or Progress(seed=0),
         [recorder],
         scaler,
         watch or AudioWatch(),
+        actions,
+        norm_groups(model) if norm_groups else {},
     ).run()
     return model.weight.item(), recorder
 
@@ -133,15 +164,19 @@ def test_a_process_without_a_batch_takes_part_in_the_step(monkeypatch: pytest.Mo
         for p in parameters:
             p.grad = torch.full_like(p, 0.5 * arriving)
 
-    other = torch.tensor([[3.0, 3.0, 0.0, 0.5], [1.0, 1.0, 0.0, 1.0]])
+    # loss, video, audio, silence; gradient norm; four ranges of noise levels; tokens: sums, then counts
+    other = torch.tensor(
+        [[3.0, 3.0, 0.0, 0.0, 0.5, 0.0, 3.0, 0.0, 0.0, 7.0], [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0]]
+    )
     monkeypatch.setattr(trainer_module, "average_gradients", average)
-    monkeypatch.setattr(trainer_module, "sum_over_processes", lambda own: own + other)
+    monkeypatch.setattr(tally_module, "sum_over_processes", lambda own: own + other)
     monkeypatch.setattr(Loader, "batches_per_epoch", lambda self, world_size: 1)
     weight, recorder = run([], steps=2, scaler=scaler)
     assert recorder.positions == [(1, 1, 0), (2, 2, 0)]
     assert [(r.loss, r.losses, r.num_tokens, r.stepped) for r in recorder.reports] == [
-        (3.0, {"video": 3.0}, 0, True)
+        (3.0, {"video": 3.0}, 7, True)
     ] * 2
+    assert recorder.reports[0].scalars == {"loss/sigma_0.25-0.50": 3.0}
     assert weight == pytest.approx(1 - 2 * 0.1 * 0.5)
 
 
@@ -154,6 +189,20 @@ def test_a_non_finite_loss_drops_one_step_only(scaled: bool):
     assert weight == pytest.approx(0.9)
     assert progress.skipped_steps == 1
     assert progress.epoch_losses == [pytest.approx(1.0)]
+
+
+def test_the_cache_that_makes_steps_non_finite_is_named_once(tmp_path: Path, caplog):
+    items = [write_item(tmp_path, name, audio_steps=3) for name in ("a", "b")]
+    file = SafetensorsFile(items[1].audio)
+    tensors = {key: t * float("nan") if t.is_floating_point() else t for key, t in file.read()}
+    save_safetensors(tensors, file.path, file.metadata)
+    plan = BatchPlan(one_dataset(items), seed=0)
+    bad = View(float("nan"), keys=(SampleKey("a"), SampleKey("b")))
+    with caplog.at_level(logging.ERROR):
+        run([bad, View(float("nan"), keys=(SampleKey("a"),)), View()], steps=6, plan=plan)
+    assert [m for m in caplog.messages if "NaN" in m] == [
+        f"{file.path}: holds NaN or infinity, or cannot be read; delete it and cache it again"
+    ]
 
 
 def test_twenty_non_finite_losses_in_a_row_end_the_run():
@@ -195,3 +244,45 @@ def test_too_little_sound_ends_the_run_when_it_should():
     with pytest.raises(UserError, match="2 of 4 training batches"):
         run([View(1.0, audio=1.0), View(1.0)] * 9, steps=9, watch=watch, progress=progress)
     assert progress.global_step == 3
+
+
+def test_weight_actions_run_once_after_each_step_that_was_made():
+    """Not after a micro-batch, not after a dropped step."""
+    calls = []
+
+    def action(step: int) -> dict[str, float]:
+        calls.append(step)
+        return {"max_norm/keys_scaled": float(step)}
+
+    views = [View(1.0), View(1.0), View(float("nan")), View(1.0), View(1.0), View(1.0)]
+    _, recorder = run(views, steps=3, accumulation=2, actions=[action])
+    assert calls == [1, 3]
+    assert [r.scalars.get("max_norm/keys_scaled") for r in recorder.reports] == [1.0, None, 3.0]
+
+
+def test_losses_are_told_apart_by_noise_level():
+    _, recorder = run([View(1.0, level=0.1), View(3.0, level=0.2), View(5.0, level=1.0)], steps=1, accumulation=3)
+    assert recorder.reports[0].scalars == {"loss/sigma_0.00-0.25": 2.0, "loss/sigma_0.75-1.00": 5.0}
+    assert recorder.reports[0].num_tokens == 3
+
+
+def test_gradient_norms_of_groups_are_those_before_clipping():
+    """The gradient is 3; a group without any gradient is not reported."""
+    _, recorder = run([View(3.0)], steps=1, norm_groups=lambda m: {"video": [m.weight], "audio": [torch.ones(1)]})
+    (report,) = recorder.reports
+    assert {k: v for k, v in report.scalars.items() if "norm" in k} == {"grad_norm/video": pytest.approx(3.0)}
+    assert report.grad_norm == pytest.approx(3.0)
+
+
+def test_a_slow_loader_shows_in_the_share_of_waiting(monkeypatch: pytest.MonkeyPatch):
+    def slow(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1):
+        for view in self.views[start:]:
+            time.sleep(0.1)
+            yield view
+
+    monkeypatch.setattr(Loader, "epoch", slow)
+    _, recorder = run([View()] * 3, steps=3)
+    # The first step waits for its own batch and for the next one, which it prepares; the last step for none.
+    assert recorder.reports[0].wait_share > 0.5
+    assert recorder.reports[-1].wait_share < 0.5
+    assert recorder.reports[0].peak_memory > 2**24

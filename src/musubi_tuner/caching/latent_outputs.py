@@ -18,7 +18,14 @@ from musubi_tuner.dataset.buckets import (
     latent_frames,
     latent_grid,
 )
-from musubi_tuner.dataset.cache import CacheName, Grid, read_audio_header, read_latent_header, read_virtual_grid
+from musubi_tuner.dataset.cache import (
+    EXTRACTION_KEY,
+    CacheName,
+    Grid,
+    read_audio_header,
+    read_latent_header,
+    read_virtual_grid,
+)
 from musubi_tuner.dataset.clips import AudioSource, base_name
 from musubi_tuner.dataset.fingerprint import provenance
 from musubi_tuner.dataset.frames import ClipWindow
@@ -109,7 +116,8 @@ def clip_outputs(
     frames = window.count if window else 1
     latents = Output(
         entry.cache_directory / str(name),
-        provenance(item.path, recipe.video_vae, video),
+        provenance(item.path, recipe.video_vae, video)
+        | ({EXTRACTION_KEY: entry.extraction.record} if item.kind == "video" else {}),
         fits=lambda path: read_latent_header(path).grid == latent_grid(frames, bucket),
     )
     if recipe.mode != "av" or item.kind == "image":

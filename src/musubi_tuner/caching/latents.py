@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from musubi_tuner.dataset.companions import find_companions
 from musubi_tuner.dataset.frame_store import BlockPool
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
-from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
+from musubi_tuner.dataset.sources import SourceItem, list_items
 
 from .companions import cache_companions
 from .encoders import AudioEncoder, Encoders, VideoEncoder, explained
@@ -31,10 +32,12 @@ from .pipeline import (
     Failed,
     Output,
     RunOptions,
+    StoppedError,
     Summary,
     default_workers,
     outdated,
     read_ahead,
+    record_extraction,
     remove_orphans,
     remove_partial,
     stop_if_full,
@@ -65,11 +68,12 @@ def cache_latents(
         audio_vae: not needed in mode video.
         options: how to run.
     """
-    summary = Summary()
+    summary = Summary(strict=options.strict)
     encoders = Encoders(recipe, video_vae, audio_vae)
-    for entry in config.entries():
-        if entry.source is not None:
-            _DatasetRun(entry, encoders, options, summary).run()
+    with suppress(StoppedError):
+        for entry in config.entries():
+            if entry.source is not None:
+                _DatasetRun(entry, encoders, options, summary).run()
     return summary
 
 
@@ -126,8 +130,7 @@ class _DatasetRun:
     def run(self) -> None:
         entry, label = self.entry, self.entry.label
         listing = list_items(entry)
-        if listing.problems:
-            logger.warning("%s: %s", label, summarize_problems(listing.problems))
+        self.summary.leave_out(label, entry.kind, listing.problems)
         companions = find_companions(entry, listing.items, self.recipe.mode)
         streams = read_ahead(
             listing.items,
@@ -144,6 +147,8 @@ class _DatasetRun:
                 self.videos += item.kind == "video" and not failed
                 for length in lengths if not failed else ():
                     self.lengths[length] += 1
+                if item.kind == "video" and not (lengths or failed):
+                    self.summary.count_short(label, item.path.name)
                 bar.update()
             for jobs in self.groups.rest():
                 self._encode(jobs)
@@ -256,6 +261,7 @@ class _DatasetRun:
         name = target.name
         self.targets[name] = target
         if isinstance(result, _Current):
+            record_extraction(result.outputs.latents)
             self._count_current(result, item, name.base)
         else:
             self.summary.count_reasons(result.reasons)
@@ -303,6 +309,8 @@ class _DatasetRun:
                 self.summary.fail(label, "audio", clip.base_name, error)
                 return False
             tally.encoded += 1
+            if clip.silent_end:
+                self.summary.partly_silent.append(f"{clip.base_name} (its last {clip.silent_end:.2f} s)")
         return True
 
     def _drop_old_sound(self, outputs: ClipOutputs) -> None:
@@ -314,6 +322,9 @@ class _DatasetRun:
         label, kind = self.entry.label, jobs[0].clip.item.kind
         wanted = [(job.clip, job.latents) for job in jobs if job.latents is not None]
         try:
+            for job in jobs:
+                if job.latents is None:
+                    record_extraction(job.outputs.latents)
             if wanted:
                 self._write_latents(wanted)
         except Exception as error:

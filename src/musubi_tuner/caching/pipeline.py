@@ -8,19 +8,20 @@ import os
 import queue
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from musubi_tuner.common.atomic import is_partial
 from musubi_tuner.common.errors import ConfigErrors, UserError
-from musubi_tuner.common.safetensors_io import SafetensorsFile
+from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.common.tables import format_table
-from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches
+from musubi_tuner.dataset.cache import EXTRACTION_KEY, CacheKind, CacheName, list_caches
 from musubi_tuner.dataset.companion_rules import CACHE_DIRECTORIES
 from musubi_tuner.dataset.fingerprint import stale_reason
 from musubi_tuner.dataset.schema import DatasetConfig
+from musubi_tuner.dataset.sources import Problem, summarize_problems
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class RunOptions:
     workers: int | None = None  # None: by the CPUs
     skip_existing: bool = False
     keep_cache: bool = False
+    strict: bool = False  # stop at the first failure
 
 
 # --- reading ahead ------------------------------------------------------------------------------------------
@@ -204,6 +206,15 @@ def outdated(output: Output) -> str | None:
     return None if None in reasons else reasons[0]
 
 
+def record_extraction(output: Output) -> None:
+    """Note in a clip that is kept under which rule its video was cut now. Its tensors are copied."""
+    file = SafetensorsFile(output.path)
+    recorded = file.metadata.get(EXTRACTION_KEY)
+    if recorded is not None and recorded != output.metadata.get(EXTRACTION_KEY, recorded):
+        metadata = {**file.metadata, EXTRACTION_KEY: output.metadata[EXTRACTION_KEY]}
+        save_safetensors(dict(file.read()), output.path, metadata)
+
+
 # --- orphans ------------------------------------------------------------------------------------------------
 
 
@@ -232,15 +243,30 @@ class Tally:
     current: int = 0  # kept
     failed: int = 0
     no_audio: int = 0
+    no_caption: int = 0  # items left out
+    too_short: int = 0  # videos that gave no clip at all
+
+
+class StoppedError(Exception):
+    """The run ends at this failure, which the summary holds."""
 
 
 class Summary:
-    """Counts of a run by dataset and modality, and every failure with its reason."""
+    """Counts of a run by dataset and modality, and every failure with its reason.
 
-    def __init__(self) -> None:
+    Args:
+        strict: raise :class:`StoppedError` at the first failure.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
         self._tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
         self.failures: list[str] = []  # "name: reason"
+        self.uncaptioned: list[str] = []  # items left out for it, with the reason
+        self.too_short: list[str] = []  # videos that gave no clip
         self.silent: list[str] = []  # clips without sound, where sound was asked for
+        self.partly_silent: list[str] = []  # clips whose sound ends before their picture
+        self.cut_captions: list[str] = []  # that are longer than what the text encoder reads
         self.reasons: Counter[str] = Counter()  # why files were made again
         self.needless = 0  # files made again although they were current
         self.empty: list[str] = []  # datasets that gave nothing
@@ -250,13 +276,32 @@ class Summary:
         return self._tallies[dataset, modality]
 
     def fail(self, dataset: str, modality: str, name: str, error: Exception) -> None:
-        """Count a failure and log its reason in one line."""
+        """Count a failure and log its reason in one line.
+
+        Raises:
+            StoppedError: the run is strict.
+        """
         self.tally(dataset, modality).failed += 1
         text = str(error) if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: {error}"
         reason = next(iter(text.strip().splitlines()), type(error).__name__)
         self.failures.append(reason if name in reason else f"{name}: {reason}")
         logger.error("%s", self.failures[-1])
         logger.debug("traceback", exc_info=error)
+        if self.strict:
+            raise StoppedError
+
+    def leave_out(self, dataset: str, modality: str, problems: Sequence[Problem]) -> None:
+        """Count items that have no caption, and warn of them."""
+        if not problems:
+            return
+        self.tally(dataset, modality).no_caption += len(problems)
+        self.uncaptioned += [f"{problem.path.name} ({problem.reason})" for problem in problems]
+        logger.warning("%s: %s", dataset, summarize_problems(problems))
+
+    def count_short(self, dataset: str, name: str) -> None:
+        """Count a video that is shorter than every clip."""
+        self.tally(dataset, "video").too_short += 1
+        self.too_short.append(name)
 
     def count_reasons(self, reasons: Iterable[str | None]) -> None:
         """Note why files are made; ``None`` = it was current, but all are made again."""
@@ -266,16 +311,21 @@ class Summary:
             elif reason != MISSING:
                 self.reasons[reason] += 1
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the run ended at its first failure."""
+        return self.strict and bool(self.failures)
+
     def failed_in(self, dataset: str) -> int:
         return sum(tally.failed for (label, _), tally in self._tallies.items() if label == dataset)
 
     def finish(self, *, allow_failed: bool) -> int:
         """Log the table and what needs attention; the exit status of the script."""
         rows = [
-            [label, modality, t.encoded, t.current, t.failed, t.no_audio]
+            [label, modality, t.encoded, t.current, t.failed, t.no_audio, t.no_caption, t.too_short]
             for (label, modality), t in self._tallies.items()
         ]
-        headers = ("dataset", "cache", "encoded", "current", "failed", "no audio")
+        headers = ("dataset", "cache", "encoded", "current", "failed", "no audio", "no caption", "too short")
         logger.info("%s", format_table(headers, rows, title="summary"))
         for reason, count in self.reasons.most_common():
             logger.info("made again, %s: %d", reason, count)
@@ -284,6 +334,18 @@ class Summary:
             logger.info("%d of %d files were current already; --skip_existing keeps such files", self.needless, total)
         if self.silent:
             logger.warning("%d clips without sound: %s", len(self.silent), _shown(self.silent))
+        if self.partly_silent:
+            logger.warning(
+                "%d clips whose sound ends early, silent from there: %s",
+                len(self.partly_silent),
+                _shown(self.partly_silent),
+            )
+        if self.cut_captions:
+            logger.warning("%d captions were cut off: %s", len(self.cut_captions), _shown(self.cut_captions))
+        if self.too_short:
+            logger.warning("%d videos shorter than every clip: %s", len(self.too_short), _shown(self.too_short))
+        if self.uncaptioned:
+            logger.error("%d items without a caption left out: %s", len(self.uncaptioned), _shown(self.uncaptioned))
         for failure in self.failures[:_FAILURES_SHOWN]:
             logger.error("failed: %s", failure)
         if len(self.failures) > _FAILURES_SHOWN:
@@ -292,7 +354,10 @@ class Summary:
             logger.error("%s: nothing to cache", label)
         for line in self.missing:
             logger.error("missing: %s", line)
-        return 0 if allow_failed else int(bool(self.failures or self.empty or self.missing))
+        if self.stopped:
+            logger.error("stopped at the first failure (--strict); --skip_existing continues from here")
+        incomplete = self.failures or self.empty or self.uncaptioned or self.missing
+        return 0 if allow_failed else int(bool(incomplete))
 
 
 def _shown(names: list[str], limit: int = 5) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Literal
@@ -16,9 +16,11 @@ from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig, Dat
 from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.dataset.clips import AudioSource
 from musubi_tuner.dataset.companions import check_companions
+from musubi_tuner.dataset.fingerprint import short_list
 from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.manifest import save_dataset_manifest
 from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
+from musubi_tuner.dataset.sources import require_captions, stray_captions
 from musubi_tuner.models.checkpoint import Checkpoint
 
 from .latent_outputs import LatentRecipe, VirtualGeometry
@@ -34,13 +36,40 @@ logger = logging.getLogger(__name__)
 _PRECISION = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def read_datasets(
+    config: DatasetRunConfig, mode: Mode, *, defaults: Mapping[str, object] | None = None
+) -> tuple[DatasetConfig, Mode]:
+    """The dataset configuration of a caching run, and the mode that it has.
+
+    Args:
+        defaults: of further keys of the configuration, by the command line.
+
+    Raises:
+        UserError: something in the configuration is wrong or, if the flags want all captions, one is missing.
+    """
+    assert config.dataset_config is not None
+    datasets = load_dataset_config(
+        config.dataset_config, command_line={"caption_field": config.caption_field, **(defaults or {})}
+    )
+    mode = check_mode(datasets, mode)
+    if config.strict or config.strict_captions:
+        require_captions(datasets)
+    for entry in datasets.entries():
+        if strays := stray_captions(entry):
+            logger.warning(
+                "%s: captions without a file that is used: %s; are they of another extension?",
+                entry.label,
+                short_list(strays),
+            )
+    return datasets, mode
+
+
 def run_cache_latents(config: CacheLatentsConfig) -> int:
     """``ltx2_cache_latents.py``: the exit status.
 
     Raises:
         UserError: the request cannot be carried out; nothing has been encoded then.
     """
-    assert config.dataset.dataset_config is not None
     assert config.checkpoint.ltx2_checkpoint is not None
     # Imported here: each script is spared the other's libraries.
     from musubi_tuner.generation.latent_cache import DEFAULT_NAME
@@ -49,8 +78,9 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
 
     from .sample_latents import cache_sample_latents, read_conditioned_prompts
 
-    datasets = load_dataset_config(config.dataset.dataset_config, command_line=config.references.dataset_defaults)
-    mode = check_mode(datasets, config.checkpoint.ltx2_mode)
+    datasets, mode = read_datasets(
+        config.dataset, config.checkpoint.ltx2_mode, defaults=config.references.dataset_defaults
+    )
     check_companions(datasets, mode, strict=config.references.strict_references)
     device = choose_device(config.dataset.device)
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
@@ -136,14 +166,12 @@ def run_cache_text(config: CacheTextConfig) -> int:
     Raises:
         UserError: the request cannot be carried out; nothing has been encoded then.
     """
-    assert config.dataset.dataset_config is not None
     assert config.checkpoint.ltx2_checkpoint is not None
     # Imported here: each script is spared the other's libraries.
     from musubi_tuner.generation.prompt_cache import DEFAULT_NAME
-    from musubi_tuner.generation.text_encoding import load_encoder
+    from musubi_tuner.generation.text_encoding import load_encoder, prompt_length
 
-    datasets = load_dataset_config(config.dataset.dataset_config)
-    mode = check_mode(datasets, config.checkpoint.ltx2_mode)
+    datasets, mode = read_datasets(config.dataset, config.checkpoint.ltx2_mode)
     device = choose_device(config.dataset.device)
     text = config.text
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
@@ -153,7 +181,12 @@ def run_cache_text(config: CacheTextConfig) -> int:
     prepare_directories(datasets)
     dtype = _PRECISION[text.mixed_precision]
     recipe = TextRecipe(
-        mode, _encoder("text", source, checkpoint), _gemma_id(config.gemma), dtype, text.legacy_text_keys
+        mode,
+        _encoder("text", source, checkpoint),
+        _gemma_id(config.gemma),
+        dtype,
+        text.legacy_text_keys,
+        max_length=prompt_length(),
     )
 
     @cache
@@ -162,7 +195,7 @@ def run_cache_text(config: CacheTextConfig) -> int:
 
     with _resumable():
         summary = cache_text(datasets, recipe, encoder, options=_options(config.dataset))
-    if prompts:
+    if prompts and not summary.stopped:
         path = text.sample_prompts_cache or datasets.datasets[0].cache_directory / DEFAULT_NAME
         cache_sample_prompts(path, prompts, recipe, encoder())
     return _finish(config.dataset, datasets, summary, text_is_cached=True)
@@ -178,7 +211,9 @@ def _gemma_id(gemma: GemmaConfig) -> str:
 
 
 def _options(config: DatasetRunConfig) -> RunOptions:
-    return RunOptions(config.batch_size, config.num_workers, config.skip_existing, config.keep_cache)
+    return RunOptions(
+        config.batch_size, config.num_workers, config.skip_existing, config.keep_cache, strict=config.strict
+    )
 
 
 def _finish(config: DatasetRunConfig, datasets: DatasetConfig, summary: Summary, *, text_is_cached: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,9 +22,18 @@ from musubi_tuner.dataset.discovery import text_mismatch
 from musubi_tuner.dataset.fingerprint import provenance
 from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
-from musubi_tuner.dataset.sources import SourceItem, caption_path, list_items, summarize_problems
+from musubi_tuner.dataset.sources import SourceItem, caption_path, list_items
 
-from .pipeline import Output, RunOptions, Summary, outdated, remove_orphans, remove_partial, stop_if_full
+from .pipeline import (
+    Output,
+    RunOptions,
+    StoppedError,
+    Summary,
+    outdated,
+    remove_orphans,
+    remove_partial,
+    stop_if_full,
+)
 
 if TYPE_CHECKING:
     from musubi_tuner.generation.prompts import SamplePrompt
@@ -38,6 +48,7 @@ class Encoder(Protocol):
     """What is used of :class:`musubi_tuner.models.text_encoder.TextEncoder`."""
 
     def encode(self, prompts: Sequence[str], mode: Mode) -> PromptEmbeds: ...
+    def excess_tokens(self, prompt: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class TextRecipe:
     gemma_id: str
     dtype: torch.dtype = torch.float32
     legacy_keys: bool = True
+    max_length: int | None = None  # tokens of a padded caption; None: as the text encoder has it
 
 
 def gemma_fingerprint(path: Path, quantization: str = "none") -> str:
@@ -76,10 +88,11 @@ def cache_text(
 
     ``load_encoder`` is called only if something is to be encoded, so a run that finds all current is quick.
     """
-    summary = Summary()
-    for entry in config.entries():
-        if entry.source is not None:
-            _cache_dataset(entry, recipe, load_encoder, options, summary)
+    summary = Summary(strict=options.strict)
+    with suppress(StoppedError):
+        for entry in config.entries():
+            if entry.source is not None:
+                _cache_dataset(entry, recipe, load_encoder, options, summary)
     return summary
 
 
@@ -103,6 +116,8 @@ def _text_metadata(entry: DatasetEntry, item: SourceItem, recipe: TextRecipe, *,
         "dtype": dtype_name(recipe.dtype),
         "modalities": "video and audio" if with_audio else "video",
     }
+    if recipe.max_length is not None:
+        settings["max_length"] = str(recipe.max_length)
     listed_in = entry.source if entry.listed else None
     source = listed_in or caption_path(item.path, entry.caption_extension)
     return provenance(
@@ -125,8 +140,7 @@ def _cache_dataset(
 ) -> None:
     label = entry.label
     listing = list_items(entry)
-    if listing.problems:
-        logger.warning("%s: %s", label, summarize_problems(listing.problems))
+    summary.leave_out(label, "text", listing.problems)
     remove_partial(entry.cache_directory, ("text",))
     tally = summary.tally(label, "text")
     due: list[tuple[SourceItem, Output]] = []
@@ -166,6 +180,9 @@ def _encode_batch(
         summary.fail(label, "text", batch[0][0].path.name, error)
     else:
         summary.tally(label, "text").encoded += len(batch)
+        for item, _ in batch:
+            if excess := encoder.excess_tokens(item.caption):
+                summary.cut_captions.append(f"{item.path.name} (the last {excess} tokens)")
 
 
 def _store(batch: list[tuple[SourceItem, Output]], recipe: TextRecipe, encoder: Encoder) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from .errors import UserError
@@ -22,3 +24,17 @@ def choose_device(name: str | None) -> torch.device:
         usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise UserError(f"--device {name}: PyTorch cannot use it here; it has {', '.join(usable)}") from None
     return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that PyTorch had allocated on a GPU at a time, else the most that this process had in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -19,8 +19,12 @@ def progress(
     unit: str = "it",
     unit_scale: bool = False,
     initial: int = 0,
+    leave: bool = True,
 ) -> tqdm:
-    """A tqdm bar with the project's settings; use it as an iterator or call ``update``."""
+    """A tqdm bar with the project's settings; use it as an iterator or call ``update``.
+
+    ``leave=False`` removes it when it is done.
+    """
     return tqdm(
         iterable,
         total=total,
@@ -29,10 +33,19 @@ def progress(
         unit_scale=unit_scale,
         unit_divisor=1024 if unit == "B" else 1000,
         initial=initial,
+        leave=leave,
         dynamic_ncols=True,
         smoothing=0.05,
         disable=int(os.environ.get("RANK", "0")) != 0,
     )
+
+
+def restart_clock(bar: tqdm) -> None:
+    """Forget the time of the steps so far, so that a slow first one does not spoil rate and ETA."""
+    done = bar.n
+    if not bar.disable:
+        bar.reset()
+        bar.initial = bar.n = bar.last_print_n = done
 
 
 def bytes_progress(

@@ -13,7 +13,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 import torch
@@ -44,6 +46,7 @@ _DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_FIRST_BYTES = 4096  # hold the whole header of a cache file
 STAGING_BYTES = 32 * 2**20  # chunk through which a tensor is cast or sent to a device
 _READERS = 4  # threads
 _PIECE_BYTES = 4 * 2**20  # what one of them reads at a time
@@ -72,7 +75,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = path if isinstance(path, Path) else Path(path)  # a copy takes as long as a read
         header, data_start, size = _read_header(self.path)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         infos = {name: _parse_info(self.path, name, entry, data_start) for name, entry in header.items()}
@@ -101,17 +104,20 @@ class SafetensorsFile:
             raise KeyError(f"{self.path} has no tensor {', '.join(missing[:5])}")
         device = torch.device(device)
         staging: Tensor | None = None
-        with ThreadPoolExecutor(_READERS) as pool:
+        large = any(self.tensors[key].nbytes >= 2 * _PIECE_BYTES for key in wanted)
+        with ExitStack() as stack:
+            file = stack.enter_context(self.path.open("rb", buffering=0))
+            pool = stack.enter_context(ThreadPoolExecutor(_READERS)) if large else None
             for key in sorted(wanted, key=lambda name: self.tensors[name].start):
                 info = self.tensors[key]
                 target = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
                 result = torch.empty(info.shape, dtype=target, device=device)
                 if device.type == "cpu" and target == info.dtype:
-                    self._read_into(_as_bytes(result), info.start, pool)
+                    self._read_into(_as_bytes(result), info.start, file, pool)
                 else:
                     if staging is None:
                         staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-                    self._read_through(info, result, staging, pool)
+                    self._read_through(info, result, staging, file, pool)
                 yield key, result
 
     def read_one(self, key: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
@@ -125,7 +131,9 @@ class SafetensorsFile:
             file.seek(info.start)
             return file.read(info.nbytes if limit is None else min(limit, info.nbytes))
 
-    def _read_through(self, info: TensorInfo, result: Tensor, staging: Tensor, pool: Executor) -> None:
+    def _read_through(
+        self, info: TensorInfo, result: Tensor, staging: Tensor, file: RawIOBase, pool: Executor | None
+    ) -> None:
         """Read ``info`` chunk by chunk through ``staging``, casting or sending to a device on the way."""
         flat = result.view(-1)
         size = info.dtype.itemsize
@@ -133,30 +141,33 @@ class SafetensorsFile:
         for first in range(0, flat.numel(), per_chunk):
             part = flat[first : first + per_chunk]
             chunk = staging[: part.numel() * size]
-            self._read_into(chunk, info.start + first * size, pool)
+            self._read_into(chunk, info.start + first * size, file, pool)
             part.copy_(chunk.view(info.dtype))  # blocking, so the chunk is free again
 
-    def _read_into(self, buffer: Tensor, start: int, pool: Executor) -> None:
+    def _read_into(self, buffer: Tensor, start: int, file: RawIOBase, pool: Executor | None) -> None:
         """Fill flat uint8 ``buffer`` from ``start`` on; big ones by several threads.
 
         One thread reaches neither a fast disk's rate nor, out of the page cache, that of memory: the first
         touch of fresh pages is what takes the time.
         """
         view = memoryview(buffer.numpy())
-        if len(view) < 2 * _PIECE_BYTES:
-            self._read_piece(view, start)
+        if pool is None or len(view) < 2 * _PIECE_BYTES:
+            self._fill(view, start, file)
             return
         pieces = [(view[i : i + _PIECE_BYTES], start + i) for i in range(0, len(view), _PIECE_BYTES)]
         list(pool.map(lambda piece: self._read_piece(*piece), pieces))
 
     def _read_piece(self, view: memoryview, start: int) -> None:
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(start)
-            while len(view):
-                count = file.readinto(view)
-                if not count:
-                    raise UserError(f"{self.path} ended while it was read; it is truncated or being written")
-                view = view[count:]
+        with self.path.open("rb", buffering=0) as file:  # a position of its own
+            self._fill(view, start, file)
+
+    def _fill(self, view: memoryview, start: int, file: RawIOBase) -> None:
+        file.seek(start)
+        while len(view):
+            count = file.readinto(view)
+            if not count:
+                raise UserError(f"{self.path} ended while it was read; it is truncated or being written")
+            view = view[count:]
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
@@ -166,18 +177,21 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 def _read_header(path: Path) -> tuple[dict, int, int]:
     """Header dictionary, absolute start of the data, size of the file."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; expected a .safetensors file")
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            first = file.read(_FIRST_BYTES)
+            length = int.from_bytes(first[:8], "little")
             if size < 8 or not 0 < length <= MAX_HEADER_BYTES:
                 raise UserError(f"{path} is not a safetensors file (no valid header at its start)")
-            raw = file.read(length)
+            raw = first[8 : 8 + length]
+            while len(raw) < length and (more := file.read(length - len(raw))):
+                raw += more
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except OSError as error:
+    except OSError as error:  # a folder, too (on Windows as a lack of permission)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; expected a .safetensors file") from None
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if len(raw) < length and raw.lstrip()[:1] == b"{":
         raise UserError(f"{path} is truncated within its header; copy or download it again")

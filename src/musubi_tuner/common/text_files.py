@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,19 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        UserError: see :func:`read_text`, or the file is not JSON (with the line).
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}{_path_hint(text, 'double each')}") from None
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file.
 
@@ -41,5 +55,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        hint = "; write Windows paths with / or between 'single quotes'" if "\\" in text else ""
-        raise UserError(f"{path}: not valid TOML: {error}{hint}") from None
+        raise UserError(f"{path}: not valid TOML: {error}{_path_hint(text, 'write them in single quotes')}") from None
+
+
+def _path_hint(text: str, remedy: str) -> str:
+    return f"; Windows paths: replace \\ by /, or {remedy}" if "\\" in text else ""

@@ -9,6 +9,8 @@ from typing import Literal
 from .flag import flag
 from .model import CheckpointConfig, GemmaConfig
 
+CAPTION_FIELD_HELP = "key of the captions in JSONL lists, where the configuration has no caption_field; else: caption"
+
 
 @dataclass(frozen=True)
 class DatasetRunConfig:
@@ -19,7 +21,10 @@ class DatasetRunConfig:
     num_workers: int | None = flag(None, "workers that decode ahead of the encoder; not given: CPU count - 1")
     skip_existing: bool = flag(False, "keep caches that this checkpoint, mode and settings made")
     keep_cache: bool = flag(False, "keep cache files that the dataset no longer produces")
-    allow_failed: bool = flag(False, "exit with 0 even when some items failed")
+    strict_captions: bool = flag(False, "a caption that is missing or unreadable is an error before any work")
+    strict: bool = flag(False, "stop at the first item that fails; implies --strict_captions")
+    allow_failed: bool = flag(False, "exit with 0 even when some items failed or lack a caption")
+    caption_field: str | None = flag(None, CAPTION_FIELD_HELP, metavar="NAME")
     device: str | None = flag(None, "device of the encoder; not given: cuda if present, else cpu")
     save_dataset_manifest: Path | None = flag(
         None, "when done, list the caches in this file (.json), from which training needs neither sources nor TOML"

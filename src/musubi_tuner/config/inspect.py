@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .caching import AudioSourceConfig
+from .caching import CAPTION_FIELD_HELP, AudioSourceConfig
 from .flag import flag
 from .model import MODE_SHORT_FORMS, Mode
 from .rules_common import folder, missing
@@ -23,6 +23,7 @@ class InspectGroup:
         aliases=["ltx_mode"],
         values=MODE_SHORT_FORMS,
     )
+    caption_field: str | None = flag(None, CAPTION_FIELD_HELP, metavar="NAME")
     output_dir: Path | None = flag(None, "folder of the page; not given: 'inspection' beside the configuration")
     max_items: int = flag(300, "files of each dataset that are shown with pictures; the tables hold all of them")
     num_workers: int | None = flag(None, "files examined at once; not given: CPU count - 1")

@@ -31,7 +31,9 @@ class GemmaConfig:
     """Text encoder."""
 
     gemma_root: Path | None = flag(None, "Gemma model folder (Hugging Face format)")
-    gemma_safetensors: Path | None = flag(None, "Gemma in one safetensors file")
+    gemma_safetensors: Path | None = flag(
+        None, "Gemma in one safetensors file; --gemma_root beside it gives the tokenizer and the configuration only"
+    )
     gemma_load_in_8bit: bool = flag(False, "load Gemma in 8 bit (bitsandbytes, CUDA only)")
     gemma_load_in_4bit: bool = flag(False, "load Gemma in 4 bit (bitsandbytes, CUDA only)")
     gemma_bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit type")
@@ -60,4 +62,6 @@ class PrecisionConfig:
         None,
         "compute dtype of the transformer; not given: accelerate's setting, else bf16 on CUDA and no on a CPU",
     )
+    full_fp16: bool = flag(False, "trained weights and their gradients in fp16 (needs --mixed_precision fp16)")
+    full_bf16: bool = flag(False, "trained weights and their gradients in bf16 (needs --mixed_precision bf16)")
     vae_dtype: str = flag("bfloat16", "dtype of the VAEs", metavar="DTYPE")

@@ -21,7 +21,7 @@ def required(config: CacheLatentsConfig | CacheTextConfig) -> Iterable[str]:
         if path is None and not (name == "ltx2_checkpoint" and without_checkpoint):
             yield f"--{name} is required"
     yield from missing(needed)
-    yield from _counts(config.dataset)
+    yield from _dataset_run(config.dataset)
     yield from _manifest(config.dataset)
 
 
@@ -102,8 +102,8 @@ def _tiles(encoding: LatentEncodingConfig) -> Iterable[str]:
 def text(config: CacheTextConfig) -> Iterable[str]:
     """Options of the text caching script."""
     gemma, prompts = config.gemma, config.text
-    if (gemma.gemma_root is None) == (gemma.gemma_safetensors is None):
-        yield "give exactly one of --gemma_root (a folder) and --gemma_safetensors (a file)"
+    if gemma.gemma_root is None and gemma.gemma_safetensors is None:
+        yield "give --gemma_root (a folder) or --gemma_safetensors (a file)"
     quantized = [name for name in ("gemma_load_in_8bit", "gemma_load_in_4bit") if getattr(gemma, name)]
     if len(quantized) > 1:
         yield "--gemma_load_in_8bit and --gemma_load_in_4bit exclude each other; give one"
@@ -131,7 +131,11 @@ def _manifest(dataset: DatasetRunConfig) -> Iterable[str]:
         yield f"--save_dataset_manifest {manifest}: would replace the dataset configuration; choose another name"
 
 
-def _counts(dataset: DatasetRunConfig) -> Iterable[str]:
+def _dataset_run(dataset: DatasetRunConfig) -> Iterable[str]:
+    if dataset.strict and dataset.allow_failed:
+        yield "--strict and --allow_failed exclude each other; give one"
+    if dataset.caption_field is not None and not dataset.caption_field.strip():
+        yield "--caption_field: expected the name of a key"
     for name in ("batch_size", "num_workers"):
         value = getattr(dataset, name)
         if value is not None and value < 1:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
+from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .rules_references import references
 from .training import TrainNetworkConfig
 
@@ -51,6 +52,7 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
             **{k: v for k, v in needed.items() if k != "output_dir"},
             "network_weights": config.network.network_weights,
             "sample_prompts": config.preview.sample_prompts,
+            "log_tracker_config": config.tracking.log_tracker_config,
             "gemma_root": config.gemma.gemma_root,
             "gemma_safetensors": config.gemma.gemma_safetensors,
             "resume": config.save.resume,
@@ -72,6 +74,10 @@ def ranges(config: TrainNetworkConfig) -> Iterable[str]:
         "save_every_n_epochs": config.save.save_every_n_epochs,
         "sample_every_n_steps": config.preview.sample_every_n_steps,
         "sample_every_n_epochs": config.preview.sample_every_n_epochs,
+        "validate_every_n_steps": config.validation.validate_every_n_steps,
+        "validate_every_n_epochs": config.validation.validate_every_n_epochs,
+        "log_cuda_memory_every_n_steps": config.tracking.log_cuda_memory_every_n_steps,
+        "ddp_timeout": config.processes.ddp_timeout,
         # 0 would remove each file as soon as it is written.
         "save_last_n_steps": config.save.save_last_n_steps,
         "save_last_n_epochs": config.save.save_last_n_epochs,
@@ -201,11 +207,13 @@ _RULES = (
     required,
     unavailable,
     ranges,
+    optimizer_ranges,
     audio_balance,
     mode_fits,
     audio_batches,
     references,
     combinations,
+    optimizer_combinations,
 )
 
 

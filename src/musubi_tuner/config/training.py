@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .caching import CAPTION_FIELD_HELP
 from .flag import flag
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
 from .references import ReferenceConfig
@@ -55,6 +56,7 @@ class DataConfig:
     separate_audio_buckets: bool | None = flag(None, "keep items with and without sound in separate batches")
     audio_bucket_strategy: Literal["pad", "truncate"] | None = flag(None, "bring audio lengths of a bucket together")
     audio_bucket_interval: float | None = flag(None, "step of the audio length buckets, seconds")
+    caption_field: str | None = flag(None, CAPTION_FIELD_HELP, metavar="NAME")
     min_audio_batches_per_accum: int = flag(
         0, "batches with sound in every optimizer step at least, over all processes, while they last; 0 = off"
     )
@@ -76,6 +78,9 @@ class NetworkConfig:
     network_dropout: float | None = flag(None, "dropout on the rank dimension")
     network_args: tuple[str, ...] = flag((), "options of the network, key=value")
     network_weights: Path | None = flag(None, "start from this LoRA file")
+    scale_weight_norms: float | None = flag(None, "largest Frobenius norm of a delta; larger ones are scaled back")
+    ema_decay: float | None = flag(None, "keep a running average of the network, saved as *-ema.safetensors (0.99)")
+    ema_update_every: int = flag(1, "optimizer steps between two updates of the running average")
     lora_target_preset: TargetPreset = flag("t2v", "which linear layers are adapted")
     training_comment: str | None = flag(None, "free text for the metadata")
     metadata: bool = flag(True, "write the full training metadata into the LoRA file")
@@ -85,16 +90,35 @@ class NetworkConfig:
 class OptimizerConfig:
     """Optimizer and schedule."""
 
-    optimizer_type: str = flag("AdamW", "AdamW, AdamW8bit, or a class of torch.optim or of any module (module.Class)")
+    optimizer_type: str = flag(
+        "AdamW",
+        "AdamW, AdamW8bit, PagedAdamW8bit, PagedAdam8bit, Lion8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, CAME, "
+        "Muon; or a class of torch.optim or of any module (module.Class)",
+    )
     optimizer_args: tuple[str, ...] = flag((), "options of the optimizer, key=value")
     learning_rate: float = flag(2e-6, "learning rate")
     audio_lr: float | None = flag(None, "learning rate of modules whose name contains audio_")
     lr_args: tuple[str, ...] = flag((), "learning rates by module, regex=lr")
     max_grad_norm: float = flag(1.0, "gradient norm clipping; 0 = off")
-    lr_scheduler: str = flag("constant", "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, ...")
+    lr_scheduler: str = flag(
+        "constant",
+        "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, "
+        "inverse_sqrt, warmup_stable_decay, piecewise_constant, rex, adafactor",
+    )
+    lr_scheduler_type: str = flag("", "class of torch.optim.lr_scheduler or module.Class, instead of --lr_scheduler")
+    lr_scheduler_args: tuple[str, ...] = flag((), "options of the schedule or of the scheduler class, key=value")
     lr_warmup_steps: float = flag(0, "warm-up steps, or a share of the run (below 1, or N%)", convert=steps_or_share)
-    lr_scheduler_num_cycles: int = flag(1, "cycles of cosine_with_restarts")
-    lr_scheduler_min_lr_ratio: float | None = flag(None, "floor of cosine_with_min_lr, relative to the learning rate")
+    lr_decay_steps: float = flag(
+        0, "steps of warmup_stable_decay's decay, or a share of the run (below 1, or N%)", convert=steps_or_share
+    )
+    lr_scheduler_num_cycles: int = flag(
+        1, "cycles of cosine_with_restarts; half periods of cosine_with_min_lr and warmup_stable_decay"
+    )
+    lr_scheduler_power: float = flag(1.0, "power of polynomial")
+    lr_scheduler_timescale: int | None = flag(None, "timescale of inverse_sqrt (not given: the warm-up, or 10000)")
+    lr_scheduler_min_lr_ratio: float | None = flag(
+        None, "floor relative to the learning rate, of cosine_with_min_lr, warmup_stable_decay (0) and rex (0.01)"
+    )
     max_train_steps: int = flag(1600, "optimizer steps")
     max_train_epochs: int | None = flag(None, "epochs; wins over --max_train_steps")
     gradient_accumulation_steps: int = flag(1, "batches per optimizer step")
@@ -217,7 +241,34 @@ class TrackingConfig:
     logging_dir: Path | None = flag(None, "folder of the logs")
     log_with: Literal["tensorboard", "wandb", "all"] | None = flag(None, "tracker (with --logging_dir: tensorboard)")
     log_prefix: str = flag("", "start of the log folder's name")
-    log_tracker_name: str = flag("network_train", "name of the run in the tracker")
+    log_tracker_name: str = flag("network_train", "TensorBoard: folder below it; wandb: project")
+    log_tracker_config: Path | None = flag(None, "TOML file with a table of options for each tracker")
+    log_config: bool = flag(False, "log the flags, without tokens and paths")
+    wandb_run_name: str | None = flag(None, "name of the run in Weights & Biases")
+    wandb_api_key: str | None = flag(None, "key of Weights & Biases (not given: as wandb login left it); never logged")
+    log_cuda_memory_every_n_steps: int | None = flag(None, "log the memory of the GPU every so many steps")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation."""
+
+    validate_every_n_steps: int | None = flag(
+        None, "loss on the validation datasets every so many optimizer steps, and after the last"
+    )
+    validate_every_n_epochs: int | None = flag(None, "the same every so many epochs")
+    dry_run: bool = flag(
+        False, "check everything, pass one batch of each bucket forward and backward, tell the plan, write nothing"
+    )
+
+
+@dataclass(frozen=True)
+class ProcessesConfig:
+    """Several processes."""
+
+    ddp_timeout: int | None = flag(None, "minutes that processes wait for each other (not given: 120)")
+    ddp_gradient_as_bucket_view: bool = flag(False, "no effect: gradients are averaged once a step, without DDP")
+    ddp_static_graph: bool = flag(False, "no effect: gradients are averaged once a step, without DDP")
 
 
 @dataclass(frozen=True)
@@ -241,3 +292,5 @@ class TrainNetworkConfig:
     decode: SampleDecodeConfig = SampleDecodeConfig()
     save: SaveConfig = SaveConfig()
     tracking: TrackingConfig = TrackingConfig()
+    validation: ValidationConfig = ValidationConfig()
+    processes: ProcessesConfig = ProcessesConfig()

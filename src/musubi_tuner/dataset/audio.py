@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ STRETCH_RATE = 44_100  # Hz; the tempo filter's window is shorter, so its timing
 
 _GAP = 0.02  # seconds; below it, timestamps are taken as rounded
 _CLOCK_RESET = 300.0  # seconds; a jump above it is a new clock, not a pause
+_WAVE_OF_UNKNOWN_LENGTH = 0x7FFF_0000  # bytes; streamed files state the largest number instead
 _PACKED = "flt"  # planar frames of eight or more channels cannot be read
 
 
@@ -53,7 +55,30 @@ def probe_audio(path: Path) -> AudioInfo | NoAudio:
         duration = container.duration / av.time_base if container.duration else None
         if stream.duration is not None:
             duration = float(stream.duration * stream.time_base)
-        return AudioInfo(stream.rate, stream.codec_context.channels, duration)
+        return AudioInfo(stream.rate, stream.codec_context.channels, _wave_duration(path) or duration)
+
+
+def _wave_duration(path: Path) -> float | None:
+    """Seconds that the header of a WAVE file states; FFmpeg tells those that the file has.
+
+    ``None`` for other files, and for headers that were written before the length was known.
+    """
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return None
+        bytes_per_second = 0
+        while len(chunk := file.read(8)) == 8:
+            size = int.from_bytes(chunk[4:], "little")
+            if chunk[:4] == b"fmt ":
+                bytes_per_second = int.from_bytes(file.read(16)[8:12], "little")
+                file.seek(size - 16 + size % 2, os.SEEK_CUR)
+            elif chunk[:4] == b"data":
+                known = bytes_per_second > 0 and 0 < size < _WAVE_OF_UNKNOWN_LENGTH
+                return size / bytes_per_second if known else None
+            else:
+                file.seek(size + size % 2, os.SEEK_CUR)
+    return None
 
 
 # --- decoding -----------------------------------------------------------------------------------------------
@@ -77,6 +102,7 @@ class AudioTrack:
         self.gaps = 0.0  # seconds filled with silence so far
         self.damaged = 0  # packets that could not be decoded so far
         self.empty = True  # no sample yet
+        self.ended = False  # the last sample has been read
         self._blocks: deque[tuple[int, np.ndarray]] = deque()  # (first sample, float32 [2, S])
         self._end = 0  # next sample
         with ExitStack() as stack:
@@ -131,8 +157,14 @@ class AudioTrack:
         while until is None or self._end < until:
             frame = next(self._frames, None)
             if frame is None:
+                self.ended = True
                 return
             self._append(frame)
+
+    @property
+    def seconds(self) -> float:
+        """Where the track ends, as far as it has been read."""
+        return self._end / self.rate if self.rate else 0.0
 
     def _append(self, frame: av.AudioFrame) -> None:
         samples = to_stereo(_samples(frame), frame.layout.name)

@@ -42,6 +42,9 @@ from .buckets import Size
 ARCHITECTURE = "ltx2_v1"
 FORMAT_VERSION = "1.0.1"
 
+# Metadata of a clip: how its video was cut. Not what the clip holds, but which others should be there.
+EXTRACTION_KEY = "frame_extraction"
+
 CacheKind = Literal["latents", "audio", "text", "dino", "mask"]
 Grid = tuple[int, int, int]
 
@@ -275,9 +278,9 @@ def read_audio(path: Path) -> tuple[Tensor, int]:
     file = SafetensorsFile(path)
     names = _by_name(file)
     steps = _shape(file, names, "audio_latents", ndim=3)[1]
-    latents = file.read_one(names["audio_latents"])
-    length = int(file.read_one(names["audio_lengths"])) if "audio_lengths" in names else steps
-    return latents, min(length, steps)
+    tensors = dict(file.read(names[name] for name in ("audio_latents", "audio_lengths") if name in names))
+    length = int(tensors[names["audio_lengths"]]) if "audio_lengths" in names else steps
+    return tensors[names["audio_latents"]], min(length, steps)
 
 
 def read_mask(path: Path) -> AV[Tensor]:
@@ -295,12 +298,14 @@ def read_text(
     """
     file = SafetensorsFile(path)
     names = _by_name(file)
-    embeds: dict[Modality, Tensor] = {}
-    for modality in modalities:
-        key = names.get(f"{modality}_prompt_embeds")
-        embeds[modality] = file.read_one(key) if key else _legacy_part(file, names, modality, legacy_widths)
+    keys = {modality: names.get(f"{modality}_prompt_embeds") for modality in modalities}
     mask_key = names.get("prompt_attention_mask") or names.get("text_mask")
-    return AV(**embeds), file.read_one(mask_key).bool() if mask_key else None
+    tensors = dict(file.read(key for key in (*keys.values(), mask_key) if key))
+    embeds: dict[Modality, Tensor] = {
+        modality: tensors[key] if key else _legacy_part(file, names, modality, legacy_widths)
+        for modality, key in keys.items()
+    }
+    return AV(**embeds), tensors[mask_key].bool() if mask_key else None
 
 
 def _legacy_part(file: SafetensorsFile, names: Mapping[str, str], modality: Modality, widths: AV[int] | None) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,10 +25,10 @@ from .frames import (
     FrameRate,
     clip_windows,
     cut_clips,
-    is_regular,
     needs_resampling,
     output_length,
     sample_frames,
+    settle_rate,
 )
 from .image_sequence import ImageSequence
 from .media import (
@@ -47,6 +47,8 @@ from .sources import SourceItem
 logger = logging.getLogger(__name__)
 
 AudioStatus = Literal["present", "absent", "not requested"]
+
+_SILENT_END = 0.1  # seconds; sound that ends a little early is usual
 
 # Beyond these a container's rate is a damaged or meaningless value.
 _LOWEST_FPS, _HIGHEST_FPS = 1.0, 1000.0
@@ -88,6 +90,7 @@ class PreparedClip:
     audio_status: AudioStatus
     original_size: Size | None  # (width, height) as shown
     notes: tuple[str, ...] = ()
+    silent_end: float = 0.0  # seconds at the end for which the file has no more sound
 
     @property
     def duration(self) -> float:
@@ -269,9 +272,12 @@ def _video_clips(
                 audio_status=status,
                 original_size=video.info.size,
                 notes=notes + reason,
+                silent_end=_silent_end(track, cut) if status == "present" else 0.0,
             )
         if isinstance(track, AudioTrack):
             _warn_of_damage(track)
+            if track.ended and track.path != item.path:
+                _warn_if_cut_short(track.path, track.seconds)
 
 
 def open_frames(path: Path, entry: DatasetEntry, threads: int = 1) -> AbstractContextManager[Video | ImageSequence]:
@@ -310,7 +316,7 @@ def frame_rate(
         MediaError: its frame rate is unknown.
     """
     name = video.path.name
-    rate = _nominal_rate(video.path, video.info.fps, entry)
+    rate = nominal_rate(video.path, video.info.fps, entry)
     notes: list[str] = []
     if isinstance(video, ImageSequence):
         if video.misplaced:
@@ -321,8 +327,8 @@ def frame_rate(
     check = not (rate.resample or rate.given)
     if check or count:
         times = frame_times_of(video, None if limit is None else limit + 1)
-        if check and not is_regular(times, rate.source):
-            rate = replace(rate, resample=True)
+        rate = settle_rate(rate, times, limit)
+        if rate.variable:
             notes.append("variable frame rate: frames are chosen by their time")
         length = output_length(len(times), times[-1] + 1.0 / rate.source, rate)
     if rate.resample:
@@ -339,7 +345,12 @@ def frame_times_of(video: Video | ImageSequence, limit: int | None = None) -> li
     return video.times(limit) if isinstance(video, ImageSequence) else frame_times(video.path, limit)
 
 
-def _nominal_rate(path: Path, detected: float | None, entry: DatasetEntry) -> FrameRate:
+def nominal_rate(path: Path, detected: float | None, entry: DatasetEntry) -> FrameRate:
+    """The frame-rate rule for a file as far as its rate alone decides; see :func:`.frames.settle_rate`.
+
+    Raises:
+        MediaError: the rate is neither known nor given.
+    """
     source = entry.source_fps or detected
     if source is None or not _LOWEST_FPS <= source <= _HIGHEST_FPS:
         found = "unknown" if source is None else f"{source:.6g}"
@@ -381,6 +392,13 @@ def _clip_sound(
     if samples.shape[1] < SHORTEST_SOUND:
         return None, "absent", (_too_short(samples),)
     return samples, "present", ()
+
+
+def _silent_end(track: AudioTrack | NoAudio | None, cut: Cut[np.ndarray]) -> float:
+    if not isinstance(track, AudioTrack) or not track.ended:
+        return 0.0
+    missing = cut.end - max(track.seconds, cut.start)
+    return missing if missing > _SILENT_END else 0.0
 
 
 def _too_short(waveform: np.ndarray) -> str:
@@ -447,7 +465,7 @@ def plan_item(item: SourceItem, entry: DatasetEntry, audio_source: AudioSource |
 
 def _plan_video(item: SourceItem, entry: DatasetEntry, sound: AudioSource) -> ItemPlan:
     info = _sequence(item.path, entry).info if item.path.is_dir() else probe_video(item.path)
-    rate = _nominal_rate(item.path, info.fps, entry)
+    rate = nominal_rate(item.path, info.fps, entry)
     pace = info.fps or rate.source
     stored = info.frames or round((info.duration or 0.0) * pace)
     frames = output_length(stored, stored / pace, rate)

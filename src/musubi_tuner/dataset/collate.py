@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.config.model import Mode
 
 from .batch import AudioLatents, Batch, SampleKey, TextEmbeds, VideoLatents
@@ -93,6 +94,26 @@ def load_batch(training_set: TrainingSet, spec: BatchSpec) -> Batch:
     return collate(loaded, audio_steps=spec.audio_steps, loss_weights=dataset.loss_weights)
 
 
+def damaged_files(training_set: TrainingSet, keys: Iterable[SampleKey]) -> list[Path]:
+    """Cache files of these samples that hold NaN or infinity, or cannot be read.
+
+    They are read again: looking into every batch would cost more than a batch in many thousands is worth.
+    """
+    datasets = {dataset.index: dataset for dataset in training_set.datasets}
+    wanted = {(key.dataset, key.name) for key in keys}
+    items = [item for index, dataset in datasets.items() for item in dataset.items if (index, item.base) in wanted]
+    paths = dict.fromkeys(path for item in items for path in item.files())
+    return [path for path in paths if not _is_finite(path)]
+
+
+def _is_finite(path: Path) -> bool:
+    try:
+        tensors = SafetensorsFile(path).read()
+        return all(bool(t.isfinite().all()) for _, t in tensors if t.is_floating_point())
+    except (UserError, OSError):
+        return False
+
+
 def collate(
     items: Sequence[LoadedItem], *, audio_steps: int | None = None, loss_weights: AV[float] | None = None
 ) -> Batch:
@@ -107,7 +128,7 @@ def collate(
     audio = _stack_audio(items, audio_steps)
     return Batch(
         video=VideoLatents(
-            latents=torch.stack(videos),  # [B, C, F, H, W]
+            latents=_stack(videos),  # [B, C, F, H, W]
             fps=torch.tensor([item.fps for item in items], dtype=torch.float32),
         )
         if videos
@@ -123,6 +144,11 @@ def collate(
         masks=AV(video=_stack_video_masks(items), audio=_stack_audio_masks(items, audio)),
         loss_weights=loss_weights or AV(),
     )
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``, without a copy of a single one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _stack_audio(items: Sequence[LoadedItem], steps: int | None) -> AudioLatents | None:
@@ -148,7 +174,7 @@ def _stack_references(items: Sequence[LoadedItem]) -> VideoLatents | None:
     if not references:
         return None
     fps = torch.tensor([item.fps for item in items], dtype=torch.float32)
-    return VideoLatents(torch.stack(references), fps)  # [B, C, F, H, W]
+    return VideoLatents(_stack(references), fps)  # [B, C, F, H, W]
 
 
 def _stack_reference_audio(items: Sequence[LoadedItem]) -> AudioLatents | None:
@@ -184,7 +210,7 @@ def _stack_audio_masks(items: Sequence[LoadedItem], audio: AudioLatents | None) 
 
 def _stack_text(items: Sequence[LoadedItem], modality: Modality) -> Tensor | None:
     parts = [item.text[modality] for item in items]
-    return None if any(part is None for part in parts) else torch.stack(parts)  # type: ignore[arg-type]
+    return None if any(part is None for part in parts) else _stack(parts)  # type: ignore[arg-type]
 
 
 def _stack_masks(items: Sequence[LoadedItem]) -> Tensor | None:

@@ -20,6 +20,7 @@ from musubi_tuner.config.model import Mode
 
 from .buckets import IMAGE_FPS, audio_bucket_step, bucket_sizes, pixel_frames, pixel_size
 from .cache import (
+    EXTRACTION_KEY,
     AudioHeader,
     CacheName,
     LatentHeader,
@@ -100,6 +101,7 @@ class _Find:
     uncached: list[str] = field(default_factory=list)  # sources without latents
     textless: list[str] = field(default_factory=list)
     soundless: list[str] = field(default_factory=list)
+    cut_otherwise: list[str] = field(default_factory=list)  # sources of which clips may be missing
     incomplete: Mapping[str, list[str]] = field(default_factory=dict)  # without a reference or mask: what, to names
     changed: list[str] = field(default_factory=list)  # since the manifest was saved
     uncaptioned: int = 0
@@ -175,11 +177,20 @@ class CacheSearch:
                 current.append((name, header))
             else:
                 outdated.append((name.base, cause))
+        if self.listed is None and self._cut_otherwise([header for _, header in current]):
+            self.found.cut_otherwise.append(self._stem(names[0]))
         if current and self.listed is None:
             self.found.leftovers += [base for base, _ in outdated]
         else:
             self.found.problems += [CacheProblem(cause, base, "latents") for base, cause in outdated]
         return current
+
+    def _cut_otherwise(self, clips: list[LatentHeader]) -> bool:
+        """Whether all clips of a source were cut under another rule, which may have given fewer."""
+        if self.entry.kind != "video" or not clips:
+            return False
+        rules = {header.metadata.get(EXTRACTION_KEY) for header in clips}
+        return None not in rules and self.entry.extraction.record not in rules
 
     def _add_item(self, stem: str, name: CacheName, latents: LatentHeader) -> None:
         text = self._text(stem, name.base)
@@ -451,6 +462,11 @@ def _warnings(find: _Find, mode: Mode) -> Iterable[str]:
         yield f"cached again with other sizes since the manifest was saved: {short_list(find.changed)}"
     if find.leftovers:
         yield f"caches from other settings are ignored: {short_list(find.leftovers)}"
+    if find.cut_otherwise:
+        yield (
+            f"{short_list(find.cut_otherwise)}: cached with other settings of frame_extraction than "
+            f"{entry.extraction.record!r}, so clips may be missing; run ltx2_cache_latents.py with --skip_existing"
+        )
     if mode == "av" and entry.kind == "video" and find.items and len(find.soundless) == len(find.items):
         yield (
             "no item has cached sound; if the clips have any, run ltx2_cache_latents.py with --ltx2_mode av "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice, takewhile
 from typing import Generic, Literal, TypeVar
 
@@ -44,6 +44,7 @@ class FrameRate:
     target: float
     given: bool = False  # the user gave ``source``: container times are not trusted for the choice of frames
     resample: bool = False  # choose frames by time; else every frame is kept and only re-timed
+    variable: bool = False  # resampled because the frames do not keep their rate
 
 
 def needs_resampling(source_fps: float, target_fps: float) -> bool:
@@ -60,6 +61,19 @@ def is_regular(times: Sequence[float], source_fps: float) -> bool:
         return True
     ideal = np.arange(len(times)) / source_fps
     return bool(np.abs(np.asarray(times) - ideal).max() <= 1.5 / source_fps)
+
+
+def settle_rate(rate: FrameRate, times: Sequence[float], limit: int | None) -> FrameRate:
+    """``rate``, made to choose frames by time if frames at ``times`` do not keep it.
+
+    Args:
+        times: seconds since the first frame.
+        limit: output frames that can be used at all; what lies behind them does not decide. ``None`` = any.
+    """
+    checked = times if limit is None else times[: limit + 1]
+    if rate.resample or rate.given or is_regular(checked, rate.source):
+        return rate
+    return replace(rate, resample=True, variable=True)
 
 
 @dataclass(frozen=True)
@@ -144,6 +158,12 @@ class ExtractionRule:
     stride: int = 1  # slide
     sample: int = 1  # uniform
     max_frames: int = 129  # full
+
+    @property
+    def record(self) -> str:
+        """The rule but for the clip lengths, as caches keep it: "slide 4"."""
+        parameter = {"slide": self.stride, "uniform": self.sample, "full": self.max_frames}.get(self.mode)
+        return self.mode if parameter is None else f"{self.mode} {parameter}"
 
     @property
     def limit(self) -> int | None:

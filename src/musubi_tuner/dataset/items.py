@@ -76,6 +76,11 @@ class CachedItem:
     def has_sound(self) -> bool:
         return self.audio_steps > 0
 
+    def files(self) -> Iterator[Path]:
+        """All its cache files."""
+        paths = (self.latents, self.audio, self.text, self.reference, self.reference_audio, self.mask)
+        return (path for path in paths if path is not None)
+
 
 @dataclass(frozen=True)
 class CachedDataset:

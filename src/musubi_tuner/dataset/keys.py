@@ -161,6 +161,7 @@ COMMAND_LINE_DEFAULTS = frozenset(
         "audio_loss_weight",
         "reference_frames",
         "reference_downscale",
+        "caption_field",
     }
 )
 

@@ -5,18 +5,16 @@ All problems of a file are collected and reported together.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from musubi_tuner.common.errors import ConfigErrors, UserError, did_you_mean
-from musubi_tuner.common.text_files import read_text
+from musubi_tuner.common.text_files import read_json, read_toml
 from musubi_tuner.config.model import Mode
 
 from .buckets import SPATIAL_STRIDE, Size, choose_bucket, floor_frames, floor_to
@@ -32,11 +30,6 @@ from .files import ItemFiles, Kind, duplicate_stems, media_kind, scan_directory
 from .frames import Extraction, ExtractionRule
 from .jsonl import read_media_list
 from .keys import COMMAND_LINE_DEFAULTS, IGNORED, KEYS, SOURCES, show, unknown_key
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 logger = logging.getLogger(__name__)
 
@@ -225,12 +218,7 @@ def _parse_file(file: Path) -> dict[str, Any]:
     suffix = file.suffix.lower()
     if suffix not in (".toml", ".json"):
         raise UserError(f"{file}: a dataset configuration is a .toml or .json file")
-    content = read_text(file)
-    try:
-        raw = tomllib.loads(content) if suffix == ".toml" else json.loads(content)
-    except ValueError as error:  # names line and column
-        hint = "; write Windows paths with / or in 'single quotes'" if "\\" in content else ""
-        raise UserError(f"{file}: {error}{hint}") from None
+    raw = read_toml(file) if suffix == ".toml" else read_json(file)
     if not isinstance(raw, dict):
         raise UserError(f"{file}: expected an object with the list 'datasets'")
     return raw

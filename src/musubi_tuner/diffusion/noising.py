@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
 
-from musubi_tuner.common.av import AV
+from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.seeding import generator
 from musubi_tuner.dataset.batch import AudioLatents, Batch, SampleKey, VideoLatents
 
-from .timesteps import NoiseLevelSampler
+from .timesteps import NoiseLevelSampler, Size
 from .tokens import NoisedTokens, audio_coords, patchify_audio, patchify_video, video_coords
 
 
@@ -33,7 +33,7 @@ def noise_batch(
     generators: Sequence[Generator],
     independent_audio: bool = False,
     shares: AV[Tensor] | None = None,
-    sigma: AV[Tensor] | None = None,
+    quantiles: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> AV[NoisedTokens]:
     """Draw noise and one noise level a sample, all in fp32.
@@ -46,7 +46,8 @@ def noise_batch(
         sampler: distribution of the levels.
         generators: one for each sample, see :func:`sample_generators`; they are advanced.
         shares: [B], which quantiles of the distribution the levels are, see :mod:`.level_pool`.
-        sigma: levels [B] to use instead of drawn ones (validation). Noise is the same either way.
+        quantiles: [B] in (0, 1), takes these quantiles of the distribution instead of drawing (validation). Noise is
+            the same either way.
         device: where the tokens go.
 
     Returns:
@@ -59,33 +60,34 @@ def noise_batch(
     """
     audio = batch.audio if batch.audio is not None and bool((batch.audio.lengths > 0).any()) else None
     # Both levels are always drawn, in this order, so that no flag changes the noise that follows.
-    drawn = _draw_levels(batch, audio, sampler=sampler, generators=generators, shares=shares or AV())
-    levels = AV(video=drawn.video, audio=drawn.audio if batch.video is None or independent_audio else drawn.video)
-    if sigma is not None:
-        levels = levels.map_named(lambda name, level: level if sigma[name] is None else sigma[name])
+    given = shares or AV()
+    levels = _levels(batch, audio, sampler, lambda name, own, size: own.draw(size, generators, shares=given[name]))
+    if quantiles is not None:
+        levels = _levels(batch, audio, sampler, lambda name, own, size: own.quantile(quantiles, size))
+    if batch.video is not None and not independent_audio:
+        levels = AV(video=levels.video, audio=levels.video)
     return AV(
         video=None if batch.video is None else _noised_video(batch.video, levels.video, generators, device),
         audio=None if audio is None else _noised_audio(audio, levels.audio, generators, device),
     )
 
 
-def _draw_levels(
+def _levels(
     batch: Batch,
     audio: AudioLatents | None,
-    *,
     sampler: NoiseLevelSampler,
-    generators: Sequence[Generator],
-    shares: AV[Tensor],
+    level: Callable[[Modality, NoiseLevelSampler, Size], Tensor],
 ) -> AV[Tensor]:
+    """The levels [B] of each modality: ``level`` of its name, its sampler and its size."""
     for_audio = replace(sampler, clamp_shift=True)
     if batch.video is None:
         if audio is None:
             raise ValueError(f"batch {batch.keys} has neither video nor audio")
-        return AV(audio=for_audio.draw(_virtual_grids(audio, batch.keys), generators, shares=shares.audio))
+        return AV(audio=level("audio", for_audio, _virtual_grids(audio, batch.keys)))
     grid = torch.tensor([batch.video.latents.shape[2:]])  # [1, 3]
-    video = sampler.draw(grid, generators, shares=shares.video)
+    video = level("video", sampler, grid)
     lengths = [1] * batch.size if batch.audio is None else batch.audio.lengths.tolist()
-    return AV(video=video, audio=for_audio.draw(lengths, generators, shares=shares.audio))
+    return AV(video=video, audio=level("audio", for_audio, lengths))
 
 
 def _virtual_grids(audio: AudioLatents, keys: Sequence[SampleKey]) -> Tensor:

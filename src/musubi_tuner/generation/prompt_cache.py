@@ -8,6 +8,7 @@ where to split.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from musubi_tuner.dataset.batch import TextEmbeds
 from musubi_tuner.models.text_encoder import PromptEmbeds
 
 from .prompts import SamplePrompt
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_NAME = "ltx2_sample_prompts_cache.pt"
 
@@ -46,6 +49,7 @@ class Encoder(Protocol):
     """What is needed of a text encoder."""
 
     def encode(self, prompts: Sequence[str], mode: Mode) -> PromptEmbeds: ...
+    def excess_tokens(self, prompt: str) -> int: ...
 
 
 def encode_prompts(encoder: Encoder, prompts: Sequence[SamplePrompt], mode: Mode) -> list[EncodedPrompt]:
@@ -54,6 +58,8 @@ def encode_prompts(encoder: Encoder, prompts: Sequence[SamplePrompt], mode: Mode
 
     def encoded(text: str) -> TextEmbeds:
         if text not in texts:
+            if excess := encoder.excess_tokens(text):
+                logger.warning("a prompt is too long, its last %d tokens are not read: %.60s...", excess, text)
             with torch.no_grad():
                 embeds = encoder.encode([text], mode)
             texts[text] = TextEmbeds(

@@ -7,7 +7,6 @@ has ``[prompt]`` with defaults and ``[[prompt.subset]]``; ``.json`` has a list o
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import re
@@ -18,7 +17,7 @@ from typing import Any
 
 from musubi_tuner.common.errors import ConfigErrors, UserError, did_you_mean
 from musubi_tuner.common.log import warn_once
-from musubi_tuner.common.text_files import read_text, read_toml
+from musubi_tuner.common.text_files import read_json, read_text, read_toml
 from musubi_tuner.diffusion.guidance import Guidance
 from musubi_tuner.diffusion.tokens import AUDIO_LATENTS_PER_SECOND, VIDEO_SPACE_STRIDE, VIDEO_TIME_STRIDE
 
@@ -217,10 +216,7 @@ def _read_toml(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str,
 
 
 def _read_json(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        document = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    document = read_json(path)
     if not isinstance(document, list):
         raise UserError(f"{path}: expected a list of prompts, got {type(document).__name__}")
     for index, entry in enumerate(document):

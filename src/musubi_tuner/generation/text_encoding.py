@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from musubi_tuner.common.dtypes import parse_dtype
+from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.gemma import MAX_LENGTH
 from musubi_tuner.models.text_encoder import TextEncoder, load_text_encoder
 
 from .prompt_cache import EncodedPrompt, encode_prompts
@@ -36,9 +38,25 @@ def load_encoder(
         double_quant=not gemma.gemma_bnb_4bit_disable_double_quant,
         compute_dtype=dtype if compute == "auto" else parse_dtype(compute),
         offload_weights=os.environ.get("LTX2_GEMMA_SAFETENSORS_WEIGHT_OFFLOAD", "1") != "0",
+        max_length=prompt_length() or MAX_LENGTH,
         dtype=dtype,
         device=device,
     )
+
+
+def prompt_length() -> int | None:
+    """Tokens to which prompts are padded if the environment variable LTX2_GEMMA_MAX_LENGTH asks for another number
+    than the usual one; else ``None``.
+
+    Raises:
+        UserError: it is no positive integer.
+    """
+    value = os.environ.get("LTX2_GEMMA_MAX_LENGTH", "").strip()
+    if not value:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"the environment variable LTX2_GEMMA_MAX_LENGTH is {value!r}; expected a number of tokens")
+    return int(value) if int(value) != MAX_LENGTH else None
 
 
 def load_encoder_and_encode(

@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 
 from musubi_tuner.caching.pipeline import Failed, default_workers, read_ahead
-from musubi_tuner.caching.run import set_memory_options
+from musubi_tuner.caching.run import read_datasets, set_memory_options
 from musubi_tuner.common.devices import choose_device
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.log import quiet
@@ -34,7 +34,7 @@ from musubi_tuner.dataset.clips import (
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.media import MediaError
 from musubi_tuner.dataset.references import reference_shape
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry, check_mode, load_dataset_config
+from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
 from musubi_tuner.models.checkpoint import Checkpoint
 
@@ -72,9 +72,9 @@ def run_dry_run(config: CacheLatentsConfig) -> int:
     Raises:
         UserError: the dataset configuration is wrong.
     """
-    assert config.dataset.dataset_config is not None
-    datasets = load_dataset_config(config.dataset.dataset_config, command_line=config.references.dataset_defaults)
-    mode = check_mode(datasets, config.checkpoint.ltx2_mode)
+    datasets, mode = read_datasets(
+        config.dataset, config.checkpoint.ltx2_mode, defaults=config.references.dataset_defaults
+    )
     workers = config.dataset.num_workers or default_workers()
     rate = config.without.encode_rate
     with quiet("musubi_tuner.dataset.clips"):

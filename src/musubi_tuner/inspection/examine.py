@@ -172,7 +172,7 @@ def _duration(plan: ItemPlan | None, clips: list[ClipReport]) -> float | None:
 
 
 def _timing_findings(timing: Timing) -> Iterable[Finding]:
-    if timing.variable:
+    if timing.rate.variable:
         yield Finding("variable frame rate", timing.describe(), "note")
     elif timing.rate.resample:
         yield Finding("resampled", timing.describe(), "note")

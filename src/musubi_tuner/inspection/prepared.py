@@ -11,14 +11,16 @@ import torch
 from PIL import Image
 
 from musubi_tuner.caching.pipeline import Failed, default_workers, read_ahead
+from musubi_tuner.caching.run import read_datasets
 from musubi_tuner.common.atomic import atomic_path
 from musubi_tuner.common.progress import progress
 from musubi_tuner.common.tables import format_table
+from musubi_tuner.common.text_files import read_text
 from musubi_tuner.config.caching import CacheLatentsConfig
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import AUDIO_RATE, audio_latent_length, latent_grid
 from musubi_tuner.dataset.clips import AudioSource, PreparedClip, iter_clips
-from musubi_tuner.dataset.schema import DatasetEntry, check_mode, load_dataset_config
+from musubi_tuner.dataset.schema import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
 from musubi_tuner.generation.decode import Sound
 from musubi_tuner.generation.write import write_mp4, write_wav
@@ -40,14 +42,14 @@ def show_prepared(config: CacheLatentsConfig, form: Form) -> int:
     Raises:
         UserError: the dataset configuration is wrong.
     """
-    path, audio = config.dataset.dataset_config, config.audio
-    assert path is not None
-    datasets = load_dataset_config(path, command_line=config.references.dataset_defaults)
-    mode = check_mode(datasets, config.checkpoint.ltx2_mode)
+    audio = config.audio
+    datasets, mode = read_datasets(
+        config.dataset, config.checkpoint.ltx2_mode, defaults=config.references.dataset_defaults
+    )
     source = AudioSource(audio.ltx2_audio_source, audio.ltx2_audio_dir, audio.ltx2_audio_ext)
     failed = 0
     for entry in datasets.entries():
-        folder = path.parent / FOLDER / entry.label.replace("[", "_").replace("]", "")
+        folder = datasets.path.parent / FOLDER / entry.label.replace("[", "_").replace("]", "")
         failed += _show_dataset(
             entry,
             form,
@@ -64,7 +66,7 @@ def show_prepared(config: CacheLatentsConfig, form: Form) -> int:
 def _show_dataset(
     entry: DatasetEntry, form: Form, folder: Path, sound: AudioSource | None, *, mode: Mode, workers: int
 ) -> int:
-    """The number of files that cannot be used, and of references and masks that are missing."""
+    """The number of files that cannot be used or lack a caption, and of references and masks that are missing."""
 
     def work(item: SourceItem) -> Iterator[PreparedClip]:
         return iter_clips(item, entry, with_audio=sound is not None, audio_source=sound)
@@ -72,7 +74,8 @@ def _show_dataset(
     listing = list_items(entry)
     if listing.problems:
         logger.warning("%s: %s", entry.label, summarize_problems(listing.problems))
-    rows, failed = [], log_companions(entry, mode, listing.items)
+    rows, failed = [], len(listing.problems) + log_companions(entry, mode, listing.items)
+    written = None if form == "console" else _Written(folder)
     streams = read_ahead(listing.items, work, workers=workers, describe=lambda item: str(item.path))
     with progress(total=len(listing.items), desc=f"{entry.label} ({entry.kind})", unit="file") as bar:
         for item, results in streams:
@@ -82,12 +85,35 @@ def _show_dataset(
                     logger.error("%s: %s", item.path.name, unreadable(item, result.error).text)
                     continue
                 rows.append(_row(result))
-                if form != "console":
-                    _write(result, form, folder)
+                if written is not None:
+                    _write(result, form, written)
             bar.update()
     headers = ("clip", "bucket", "frames", "seconds", "video tokens", "audio tokens", "dB", "remarks")
     logger.info("%s", format_table(headers, rows, title=entry.label))
     return failed
+
+
+class _Written:
+    """The files that a run writes to a folder, by a list beside it, so that the next run can remove them.
+
+    Nothing else is removed: the folder may hold files of the user's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._list = folder.with_name(f"{folder.name}.written.txt")
+        if self._list.is_file():
+            for name in read_text(self._list).splitlines():
+                if name == Path(name).name and (folder / name).is_file():
+                    (folder / name).unlink()
+        self._list.write_text("", encoding="utf-8")
+
+    def path(self, name: str) -> Path:
+        """Where a file of this run goes. It is listed first, so an interrupted run leaves none behind."""
+        with self._list.open("a", encoding="utf-8", newline="\n") as stream:
+            stream.write(f"{name}\n")
+        return self._folder / name
 
 
 def _row(clip: PreparedClip) -> list[object]:
@@ -108,13 +134,13 @@ def _row(clip: PreparedClip) -> list[object]:
     ]
 
 
-def _write(clip: PreparedClip, form: Form, folder: Path) -> None:
+def _write(clip: PreparedClip, form: Form, written: _Written) -> None:
     sound = Sound(torch.from_numpy(clip.waveform), AUDIO_RATE) if clip.waveform is not None else None
     if clip.pixels is None:
         assert sound is not None
-        write_wav(folder / f"{clip.base_name}.wav", sound)
+        write_wav(written.path(f"{clip.base_name}.wav"), sound)
     elif form == "video" and clip.item.kind == "video":
-        write_mp4(folder / f"{clip.base_name}.mp4", torch.from_numpy(clip.pixels), clip.fps, sound)
+        write_mp4(written.path(f"{clip.base_name}.mp4"), torch.from_numpy(clip.pixels), clip.fps, sound)
     else:
-        with atomic_path(folder / f"{clip.base_name}.png") as temporary:
+        with atomic_path(written.path(f"{clip.base_name}.png")) as temporary:
             Image.fromarray(side_by_side(clip.pixels, clip.bucket)).save(temporary)

@@ -38,7 +38,7 @@ def run_inspection(config: InspectConfig) -> int:
     """
     flags, audio = config.inspect, config.audio
     assert flags.dataset_config is not None
-    datasets = load_dataset_config(flags.dataset_config)
+    datasets = load_dataset_config(flags.dataset_config, command_line={"caption_field": flags.caption_field})
     mode = check_mode(datasets, flags.ltx2_mode)
     output = flags.output_dir or flags.dataset_config.parent / "inspection"
     sound = AudioSource(audio.ltx2_audio_source, audio.ltx2_audio_dir, audio.ltx2_audio_ext)

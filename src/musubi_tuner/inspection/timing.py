@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from musubi_tuner.dataset.frames import ClipWindow, FrameRate, is_regular, needs_resampling, resample_indices
+from musubi_tuner.dataset.clips import nominal_rate
+from musubi_tuner.dataset.frames import ClipWindow, FrameRate, resample_indices, settle_rate
 from musubi_tuner.dataset.image_sequence import ImageSequence
 from musubi_tuner.dataset.media import frame_times
 from musubi_tuner.dataset.schema import DatasetEntry
@@ -35,7 +36,6 @@ class Timing:
     rate: FrameRate
     times: Sequence[float]  # seconds since the first frame, of every source frame
     indices: Sequence[int]  # source frame of every output frame
-    variable: bool  # frames are chosen by their time because their rate varies
 
     @property
     def duration(self) -> float:
@@ -59,7 +59,7 @@ class Timing:
                 return f"{source} FPS, every frame"
             pace = self.rate.target / self.rate.source - 1
             return f"{source} FPS, every frame, played at {target} ({pace:+.1%} speed)"
-        why = "variable frame rate" if self.variable else f"{source} FPS"
+        why = "variable frame rate" if self.rate.variable else f"{source} FPS"
         changes = [f"{frames - used} of {frames} frames dropped"] if used < frames else []
         changes += [f"{len(self.indices) - used} repeated"] if used < len(self.indices) else []
         return f"{why} resampled to {target}: {', '.join(changes) or 'every frame'}"
@@ -72,12 +72,5 @@ def read_timing(path: Path, entry: DatasetEntry, detected: float) -> Timing:
         MediaError: the file is damaged.
     """
     times = ImageSequence(path, detected).times() if path.is_dir() else frame_times(path)
-    source = entry.source_fps or detected
-    given = entry.source_fps is not None
-    resample = needs_resampling(source, entry.target_fps)
-    limit = entry.extraction.limit
-    # What lies behind the last frame that can be used does not decide.
-    checked = times if limit is None else times[: limit + 1]
-    variable = not (resample or given) and not is_regular(checked, source)
-    rate = FrameRate(source, entry.target_fps, given=given, resample=resample or variable)
-    return Timing(rate, times, resample_indices(times, rate), variable)
+    rate = settle_rate(nominal_rate(path, detected, entry), times, entry.extraction.limit)
+    return Timing(rate, times, resample_indices(times, rate))

@@ -82,6 +82,15 @@ class Gemma:
             mask[row, self.max_length - len(tokens) :] = 1
         return ids, mask
 
+    def excess_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt beyond ``max_length``, which are not read."""
+        text = prompt.strip()
+        if len(text.encode("utf-8", "replace")) < self.max_length:  # a token is a byte at least
+            return 0
+        tokens = self._tokenizer(text, truncation=False, max_length=None)["input_ids"]
+        begins = self._tokenizer.bos_token_id in (None, tokens[0])
+        return max(len(tokens) + (not begins) - self.max_length, 0)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """All hidden states [B, max_length, D, L] and the token mask [B, max_length] int64.

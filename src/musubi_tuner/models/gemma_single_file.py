@@ -219,7 +219,7 @@ class SentencePieceTokenizer:
         self.eos_token_id: int = self._pieces.eos_id()
         self.pad_token_id: int | None = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else None
 
-    def __call__(self, text: str, *, truncation: bool, max_length: int) -> dict[str, list[int]]:
+    def __call__(self, text: str, *, truncation: bool, max_length: int | None) -> dict[str, list[int]]:
         # SentencePiece itself adds no beginning-of-sequence token; Gemma was trained with one.
         ids = [self.bos_token_id, *self._pieces.encode(text)]
         return {"input_ids": ids[:max_length] if truncation else ids}

@@ -52,6 +52,10 @@ class TextEncoder:
         video, audio, mask = self.connectors(states, mask)
         return PromptEmbeds(video=video, audio=None if mode == "video" else audio, mask=mask)
 
+    def excess_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt beyond those that are read."""
+        return self.gemma.excess_tokens(prompt)
+
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the weights; a quantised Gemma stays where it is."""
         self.gemma.to(device)

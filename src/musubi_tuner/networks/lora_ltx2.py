@@ -18,6 +18,7 @@ from musubi_tuner.common.errors import UserError
 
 from .formats import Format, LoraFile, LoraModule, load_lora, save_lora
 from .lora import LoRALinear, Switch
+from .max_norm import limit_norms
 from .names import NATIVE_PREFIX, flat_name, in_transformer
 from .network_args import NetworkArgs, parse_network_args, probability
 from .targets import compile_patterns, linear_names, longest_match, modality_of, select_targets
@@ -110,6 +111,14 @@ class LoRANetwork(nn.Module):
             yield self
         finally:
             self.multiplier = previous
+
+    def apply_max_norm_regularization(self, max_norm: float, device: torch.device) -> tuple[int, float, float]:
+        """Scale deltas of a larger Frobenius norm down to ``max_norm``.
+
+        Returns:
+            How many were scaled, the mean and the largest norm afterwards.
+        """
+        return limit_norms(list(self.modules_by_name.values()), max_norm)
 
     # --- files ---
 

@@ -63,6 +63,13 @@ def probability(value: object) -> float:
     return number
 
 
+def _positive(value: object) -> float:
+    number = float(value)
+    if not 0 < number < float("inf"):
+        raise ValueError("expected a number above 0")
+    return number
+
+
 def _at_least_one(value: object) -> int:
     number = int(value)
     if number < 1:
@@ -90,7 +97,7 @@ _READERS: dict[str, Callable[[object], Any]] = {
     "audio_alpha": float,
     "rank_pattern": _table(_at_least_one),
     "alpha_pattern": _table(float),
-    "loraplus_lr_ratio": float,
+    "loraplus_lr_ratio": _positive,
     "conv_dim": int,
     "conv_alpha": float,
     "verbose": _boolean,

@@ -11,6 +11,7 @@ from torch import nn
 
 from musubi_tuner.common.errors import UserError
 
+from .network_args import parse_network_args
 from .targets import compile_patterns, longest_match
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,23 @@ def param_groups(
     if not groups:
         raise UserError("every module of the network has learning rate 0; there is nothing to train")
     return list(groups.values())
+
+
+def flag_rates(
+    learning_rate: float, audio_lr: float | None, lr_args: Sequence[str], loraplus_lr_ratio: str | None
+) -> list[float]:
+    """The different rates that the groups of a network may get, without those that freeze; at least one.
+
+    Raises:
+        UserError: unreadable pattern, rate or ratio.
+    """
+    rates = dict(_read_rate(item) for item in lr_args)
+    compile_patterns(rates, "--lr_args")
+    found = dict.fromkeys([learning_rate, learning_rate if audio_lr is None else audio_lr, *rates.values()])
+    if loraplus_lr_ratio is not None:
+        ratio = parse_network_args({"loraplus_lr_ratio": loraplus_lr_ratio}).loraplus_lr_ratio
+        found |= dict.fromkeys([rate * ratio for rate in found])
+    return [rate for rate in found if rate > 0] or [1.0]
 
 
 def _read_rate(item: str) -> tuple[str, float]:

@@ -43,6 +43,11 @@ def comfy_path(original: Path) -> Path:
     return original.with_name(f"{original.stem}.comfy.safetensors")
 
 
+def ema_path(original: Path) -> Path:
+    """``x.safetensors`` to ``x-ema.safetensors``, the running average of the weights."""
+    return original.with_name(f"{original.stem}-ema.safetensors")
+
+
 def sidecar_path(original: Path) -> Path:
     return original.with_suffix(".json")
 
@@ -65,9 +70,10 @@ def outdated(point: SavePoint, every: int, keep: int | None) -> SavePoint | None
 
 
 def remove_lora(output_dir: Path, name: str, point: SavePoint) -> None:
-    """Remove the LoRA of a save point with its ComfyUI file and sidecar."""
+    """Remove the LoRA of a save point with its ComfyUI file, its running average and its sidecar."""
     original = lora_path(output_dir, name, point)
-    _remove(original, comfy_path(original), sidecar_path(original))
+    average = ema_path(original)
+    _remove(original, comfy_path(original), average, comfy_path(average), sidecar_path(original))
 
 
 def remove_state(output_dir: Path, name: str, point: SavePoint) -> None:

@@ -9,6 +9,7 @@ from musubi_tuner.common.av import AV
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, check_caches
+from musubi_tuner.dataset.items import TrainingSet
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.dataset.manifest import load_dataset_manifest
 from musubi_tuner.dataset.sampling import BatchPlan
@@ -34,6 +35,7 @@ def read_datasets(config: TrainNetworkConfig) -> tuple[DatasetConfig, TrainNetwo
         "separate_audio_buckets": data.separate_audio_buckets,
         "audio_bucket_strategy": data.audio_bucket_strategy,
         "audio_bucket_interval": data.audio_bucket_interval,
+        "caption_field": data.caption_field,
     }
     if data.dataset_manifest is not None:
         datasets = load_dataset_manifest(data.dataset_manifest, command_line=options)
@@ -58,9 +60,39 @@ def make_loader(
         ConfigErrors: no items, or caches that another checkpoint, mode or configuration made.
         UserError: references of different relative sizes; batches with sound are asked for, and there are none.
     """
+    training_set = _checked_set(config, datasets, checkpoint)
+    plan = BatchPlan(training_set, seed, mixing=audio_mixing(config, world_size))
+    report_sound(plan, config.checkpoint.ltx2_mode)
+    if config.data.persistent_data_loader_workers and config.data.max_data_loader_n_workers == 0:
+        logger.warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
+    return BatchLoader(
+        plan,
+        workers=config.data.max_data_loader_n_workers,
+        persistent=config.data.persistent_data_loader_workers,
+    )
+
+
+def validation_set(config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint) -> TrainingSet:
+    """The cached items of the validation datasets.
+
+    Raises:
+        ConfigErrors: no items, or caches that another checkpoint, mode or configuration made.
+    """
+    return _checked_set(config, datasets, checkpoint, validation=True)
+
+
+def _checked_set(
+    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, validation: bool = False
+) -> TrainingSet:
     mode = config.checkpoint.ltx2_mode
     widths = text_widths(checkpoint)
-    training_set = discover(datasets, mode, legacy_text_widths=widths, references=reference_modalities(config))
+    training_set = discover(
+        datasets,
+        mode,
+        validation=validation,
+        legacy_text_widths=widths,
+        references=reference_modalities(config),
+    )
     gemma = config.gemma
     check_caches(
         training_set,
@@ -80,15 +112,7 @@ def make_loader(
         text_widths=widths,
     )
     reference_downscale(training_set)
-    plan = BatchPlan(training_set, seed, mixing=audio_mixing(config, world_size))
-    report_sound(plan, mode)
-    if config.data.persistent_data_loader_workers and config.data.max_data_loader_n_workers == 0:
-        logger.warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
-    return BatchLoader(
-        plan,
-        workers=config.data.max_data_loader_n_workers,
-        persistent=config.data.persistent_data_loader_workers,
-    )
+    return training_set
 
 
 def text_widths(checkpoint: Checkpoint) -> AV[int]:

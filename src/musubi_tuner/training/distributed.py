@@ -1,4 +1,4 @@
-"""Gradients of several processes.
+"""Several processes: how they may be launched, and what they exchange.
 
 The LoRA runs inside the base model's forward, so a DDP wrapper would never see a forward of its own module;
 gradients are averaged here instead, once per optimizer step.
@@ -6,12 +6,33 @@ gradients are averaged here instead, once per optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+
+from musubi_tuner.common.errors import UserError
+
+# What accelerate launch sets for configurations that split the model.
+_SPLITTING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Raise UserError where accelerate is configured to split the model over processes."""
+    for variable, name in _SPLITTING.items():
+        if environment.get(variable, "").lower() in ("true", "1", "yes", "on"):
+            raise UserError(
+                f"accelerate is set up for {name}, which this trainer does not support: each process holds the whole "
+                "frozen model and its own batches. Run accelerate config again with MULTI_GPU and without it, or "
+                "launch with accelerate launch --multi_gpu; for less memory use --gradient_checkpointing"
+            )
 
 
 def average_gradients(parameters: Sequence[Parameter]) -> None:

@@ -6,17 +6,29 @@ import logging
 import math
 import secrets
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from musubi_tuner.common.tables import format_bytes, format_table
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.items import MODALITIES
 from musubi_tuner.dataset.loader import BatchLoader
+from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
+from .lr_schedulers import ScheduleSettings
 from .metadata import RunFacts
+from .outlook import (
+    MemoryEstimate,
+    Trained,
+    batch_size,
+    estimate_memory,
+    modality_warnings,
+    tokens_per_step,
+    trained_by_stream,
+)
 from .references import reference_downscale
 from .setup import Compute
 from .state import Progress
@@ -31,6 +43,7 @@ def run_facts(
     version: str,
     progress: Progress,
     loop: LoopSettings,
+    schedule: ScheduleSettings,
     loader: BatchLoader,
     optimizer: torch.optim.Optimizer,
     task: TaskSettings,
@@ -48,7 +61,7 @@ def run_facts(
         batches_per_epoch=batches,
         num_epochs=math.ceil(loop.total_steps / updates),
         max_train_steps=loop.total_steps,
-        warmup_steps=loop.schedule.warmup_steps,
+        warmup_steps=schedule.warmup_steps,
         preset=config.network.lora_target_preset,
         shifted_logit_mode=task.sampler.shifted_logit_mode,
         optimizer=f"{type(optimizer).__module__}.{type(optimizer).__name__}({options})",
@@ -63,30 +76,85 @@ def run_facts(
 
 def report_plan(
     config: TrainNetworkConfig,
-    network: LoRANetwork,
+    network: torch.nn.Module,
     transformer: LTX2Transformer,
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    loader: BatchLoader,
     facts: RunFacts,
     loop: LoopSettings,
+    compute: Compute,
 ) -> None:
-    base_bytes = sum(p.numel() * p.element_size() for p in transformer.parameters())
+    """Log what will be trained, how long and in how much memory, and warn where a modality gets nothing.
+
+    ``names`` are those of the optimizer's parameters.
+    """
+    mode, plan = config.checkpoint.ltx2_mode, loader.plan
+    silence = config.audio_loss.audio_silence_regularizer
+    trained = trained_by_stream(names, [p for group in optimizer.param_groups for p in group["params"]])
+    specs = plan.for_epoch(0)
+    sizes = [batch_size(plan, spec, silence=silence) for spec in specs]
+    memory = estimate_memory(
+        transformer,
+        network,
+        optimizer,
+        max(sizes, key=lambda size: size.total),
+        dtype=compute.dtype,
+        checkpointing=config.memory.gradient_checkpointing,
+    )
     rate = config.optimizer.learning_rate
     _log_training_plan(
-        network,
-        # The voice of a recording is learnt by the modules of sound, also where video is generated beside it.
-        mode="audio" if config.references.ic_lora_strategy == "audio_ref_only_ic" else config.checkpoint.ltx2_mode,
+        trained,
         facts={
-            "model": f"LTX-{facts.version}, {config.checkpoint.ltx2_mode}, {format_bytes(base_bytes)} frozen",
+            "model": f"LTX-{facts.version}, {mode}, {format_bytes(memory.base)} frozen",
             "precision": facts.mixed_precision,
             "optimizer": facts.optimizer.partition("(")[0],
-            "learning rate": f"{rate:g}, {loop.lr_scheduler}, {facts.warmup_steps} warm-up steps",
+            "learning rate": f"{rate:g}, {loop.lr_plan.name}, {facts.warmup_steps} warm-up steps",
             "items": facts.num_items,
             **_reference_facts(config, facts),
-            "batches an epoch": facts.batches_per_epoch,
+            **_sound(mode, plan, specs),
+            "batches an epoch": len(specs),
             "steps": f"{facts.max_train_steps} of {loop.accumulation} x {loop.world_size} batches",
             "epochs": facts.num_epochs,
+            "tokens a step": _spread(tokens_per_step(sizes, loop.accumulation * loop.world_size)),
             "seed": facts.seed,
+            "memory, about": _memory(memory),
         },
     )
+    for warning in modality_warnings(
+        mode,
+        trained,
+        # The voice of a recording is learnt by the modules of sound, also where video is generated beside it.
+        learning=("audio",) if config.references.ic_lora_strategy == "audio_ref_only_ic" else MODALITIES[mode],
+        weights=_loss_weights(config, plan),
+        has_sound=any(item.has_sound for item in plan.training_set.items()),
+        silence=silence,
+        audio_lr=config.optimizer.audio_lr,
+    ):
+        logger.warning("%s", warning)
+
+
+def _sound(mode: str, plan: BatchPlan, specs: list[BatchSpec]) -> dict[str, object]:
+    if mode != "av":
+        return {}
+    return {"batches with sound": f"{sum(plan.has_sound(spec) for spec in specs)} of {len(specs)} an epoch"}
+
+
+def _spread(values: list[int]) -> str:
+    """Least, mean and most."""
+    return f"{min(values)} to {max(values)}, mean {sum(values) / len(values):.0f}"
+
+
+def _memory(estimate: MemoryEstimate) -> str:
+    parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in asdict(estimate).items())
+    return f"{format_bytes(estimate.total)}: {parts}"
+
+
+def _loss_weights(config: TrainNetworkConfig, plan: BatchPlan) -> dict[str, list[float]]:
+    """Of the datasets, or where they have none the flag's."""
+    flags = {"video": config.loss.video_loss_weight, "audio": config.loss.audio_loss_weight}
+    overrides = [dataset.loss_weights for dataset in plan.training_set.datasets]
+    return {name: [weight if own[name] is None else own[name] for own in overrides] for name, weight in flags.items()}
 
 
 def _reference_facts(config: TrainNetworkConfig, facts: RunFacts) -> dict[str, object]:
@@ -103,16 +171,12 @@ def _describe_datasets(loader: BatchLoader) -> list[dict[str, Any]]:
     ]
 
 
-def _log_training_plan(network: LoRANetwork, *, mode: str, facts: dict[str, object]) -> None:
-    """Modules and parameters per modality, and the run's length."""
-    counts = {kind: count for kind, count in network.summary().items() if count.modules}
-    rows = [[kind, count.modules, count.params, format_bytes(4 * count.params)] for kind, count in counts.items()]
+def _log_training_plan(trained: dict[str, Trained], *, facts: dict[str, object]) -> None:
+    """Modules and parameters by stream, and the run's length."""
+    labels = {"video": "video", "audio": "audio", "cross": "between them"}
+    rows = [
+        [labels[stream], count.modules, count.params, format_bytes(4 * count.params)]
+        for stream, count in trained.items()
+    ]
     logger.info(format_table(["stream", "modules", "parameters", "fp32 size"], rows, title="What will be trained"))
     logger.info(format_table(["setting", "value"], list(facts.items())))
-    for wanted in {"video": ("video",), "audio": ("audio",), "av": ("video", "audio")}[mode]:
-        if wanted not in counts:
-            logger.warning(
-                "mode %s, but no %s module is trained; see --lora_target_preset and include_patterns",
-                mode,
-                wanted,
-            )

@@ -11,6 +11,7 @@ import torch
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.fingerprint import RepairCommands
+from musubi_tuner.dataset.items import TrainingSet
 from musubi_tuner.dataset.schema import DatasetConfig
 from musubi_tuner.generation.conditions import SampleLatents
 from musubi_tuner.generation.decode import Decoders
@@ -24,7 +25,9 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
+from .optimizers import evaluation_weights
 from .state import Progress
+from .tracking import Tracking
 from .trainer import StepReport
 
 logger = logging.getLogger(__name__)
@@ -39,8 +42,10 @@ class Previewer:
     decoders: Decoders
     transformer: LTX2Transformer
     network: LoRANetwork
+    optimizer: torch.optim.Optimizer
     device: torch.device
     dtype: torch.dtype
+    tracking: Tracking
     failures: int = 0
 
     def on_start(self, progress: Progress) -> None:
@@ -71,17 +76,19 @@ class Previewer:
             dtype=self.dtype,
         )
         self.network.eval()
-        results = render_prompts(
-            self.transformer,
-            self.jobs,
-            self.decoders,
-            settings=settings,
-            output_dir=save.output_dir / "sample",
-            stem=lambda job: preview_stem(
-                save.output_name, position, index=job.index, seed=job.prompt.seed, epoch_end=epoch_end
-            ),
-        )
+        with evaluation_weights(self.optimizer):
+            results = render_prompts(
+                self.transformer,
+                self.jobs,
+                self.decoders,
+                settings=settings,
+                output_dir=save.output_dir / "sample",
+                stem=lambda job: preview_stem(
+                    save.output_name, position, index=job.index, seed=job.prompt.seed, epoch_end=epoch_end
+                ),
+            )
         self.network.train()
+        self.tracking.log_samples(results, progress.global_step)
         self.failures += sum(result.error is not None for result in results)
 
 
@@ -111,6 +118,19 @@ def prepare_jobs(
     latents = _latents(config, checkpoint, datasets, prompts, device)
     encoded = _encoded(config, checkpoint, datasets, prompts, device)
     return [Job(i, p, e, x) for i, (p, e, x) in enumerate(zip(prompts, encoded, latents, strict=True))]
+
+
+def warn_of_other_connectors(config: TrainNetworkConfig, training_set: TrainingSet, checkpoint: Checkpoint) -> None:
+    """Say that previews read other text embeddings than training does."""
+    own = checkpoint.encoder_id("text")
+    records = {item.made_by.text for item in training_set.items()}
+    replaced = own is not None and any(record and record.id != own and record.replaces == own for record in records)
+    if replaced and not config.preview.use_precached_sample_prompts:
+        logger.warning(
+            "the captions were cached with the connectors of another file (--ltx2_text_encoder_checkpoint), previews "
+            "are encoded with those of --ltx2_checkpoint; to see what is trained, cache the prompts with "
+            "--precache_sample_prompts and give --use_precached_sample_prompts"
+        )
 
 
 def make_decoders(config: TrainNetworkConfig, checkpoint: Checkpoint, *, device: torch.device) -> Decoders:

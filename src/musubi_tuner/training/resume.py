@@ -13,8 +13,9 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
-from .state import Progress, find_latest_state, read_progress, restore_network, restore_optimizer
+from .state import Progress, find_latest_state, load_average, read_progress, restore_network, restore_optimizer
 from .trainer import LoopSettings
+from .weights import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,9 @@ class Resumed:
         optimizer: torch.optim.Optimizer,
         names: list[str],
         settings: dict[str, Any],
+        average: WeightAverage | None = None,
     ) -> None:
-        """Put weights and optimizer back.
+        """Put weights, optimizer and running average back.
 
         Raises:
             UserError: the state was made with settings that differ where they must not.
@@ -48,7 +50,17 @@ class Resumed:
             )
         restore_network(self.folder, network)
         restore_optimizer(self.folder, self.optimizer, optimizer, names)
+        self._restore_average(network, average)
         logger.info("resumed from %s at step %d", self.folder, self.progress.global_step)
+
+    def _restore_average(self, network: LoRANetwork, average: WeightAverage | None) -> None:
+        saved = load_average(self.folder)
+        if average is not None:
+            if saved is None:
+                logger.info("%s holds no running average: --ema_decay starts at its weights", self.folder)
+            average.load_state_dict(saved or dict(network.named_parameters()))
+        elif saved is not None:
+            logger.warning("%s holds a running average, which ends here: --ema_decay is not given", self.folder)
 
 
 def find_resumed(config: TrainNetworkConfig) -> Resumed | None:

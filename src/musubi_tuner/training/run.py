@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from dataclasses import replace
 
 from accelerate.utils import broadcast_object_list
@@ -14,9 +15,12 @@ from musubi_tuner.config.rules_training import mode_fits
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.models.checkpoint import Checkpoint
 
-from .data import make_loader, read_datasets
+from .data import make_loader, read_datasets, validation_set
+from .dry_run import run_dry_run
+from .optimization import make_optimizer, parameter_names, warn_of_rates, weight_actions, weight_average
+from .outlook import by_stream
 from .plan import report_plan, run_facts
-from .previews import Previewer, make_decoders, prepare_jobs, wants_previews
+from .previews import Previewer, make_decoders, prepare_jobs, wants_previews, warn_of_other_connectors
 from .references import check_references
 from .resume import find_resumed, resume_settings
 from .saving import Saver
@@ -26,14 +30,15 @@ from .setup import (
     load_model,
     loop_settings,
     make_compute,
-    make_optimizer,
     make_scaler,
-    parameter_names,
+    run_schedule,
     task_settings,
 )
 from .state import Progress
-from .tracking import ScalarLog, start_trackers
+from .summary import RunSummary, written_files
+from .tracking import CudaMemoryLog, ScalarLog, Tracking, start_trackers
 from .trainer import Listener, Trainer
+from .validation import make_validator, wants_validation
 from .version import resolve_version
 
 logger = logging.getLogger(__name__)
@@ -59,35 +64,76 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     world_size = compute.accelerator.num_processes
     loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size)
+    schedule = run_schedule(config, loader, compute.accelerator)
+    validation = validation_set(config, datasets, checkpoint) if wants_validation(config, datasets) else None
     _warn_of_defaults(config, explicit, progress)
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
-    jobs = prepare_jobs(config, checkpoint, datasets, device=compute.device) if wants_previews(config) else []
+    jobs = []
+    if wants_previews(config):
+        warn_of_other_connectors(config, loader.plan.training_set, checkpoint)
+        jobs = prepare_jobs(config, checkpoint, datasets, device=compute.device)
     decoders = make_decoders(config, checkpoint, device=compute.device) if jobs else None
     transformer, network = load_model(config, checkpoint, compute, progress.seed)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)
-    loop = loop_settings(config, loader, optimizer, compute.accelerator)
+    warn_of_rates(config, optimizer)
+    loop = loop_settings(config, schedule, optimizer, compute.accelerator)
+    average = weight_average(config, network)
     if resumed:
-        resumed.restore(network, optimizer, names, resume_settings(config, loop))
+        resumed.restore(network, optimizer, names, resume_settings(config, loop), average)
     task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
     scaler = make_scaler(compute, progress)
-    facts = run_facts(config, version, progress, loop, loader, optimizer, task, compute)
-    report_plan(config, network, transformer, facts, loop)
+    facts = run_facts(config, version, progress, loop, schedule, loader, optimizer, task, compute)
+    report_plan(config, network, transformer, optimizer, names, loader, facts, loop, compute)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if config.validation.dry_run:
+        return run_dry_run(config, transformer, parameters, loader.plan, task)
 
-    listeners: list[Listener] = [ScalarLog(compute.accelerator)]
+    tracking = Tracking(compute.accelerator)
+    listeners: list[Listener] = [ScalarLog(tracking)]
+    if config.tracking.log_cuda_memory_every_n_steps:
+        listeners.append(CudaMemoryLog(tracking, compute.device, config.tracking.log_cuda_memory_every_n_steps))
     if compute.accelerator.is_main_process:
-        listeners.append(Saver(config, facts, network, optimizer, names, resume_settings(config, loop), scaler))
+        listeners.append(
+            Saver(config, facts, network, optimizer, names, resume_settings(config, loop), scaler, average)
+        )
     previewer = None
     if jobs and compute.accelerator.is_main_process:
-        previewer = Previewer(config, jobs, decoders, transformer, network, compute.device, compute.dtype)
+        previewer = Previewer(
+            config, jobs, decoders, transformer, network, optimizer, compute.device, compute.dtype, tracking
+        )
         listeners.append(previewer)
+    validator = None
+    if validation is not None:
+        validator = make_validator(config, validation, task, transformer, network, optimizer, loop, tracking)
+        listeners.append(validator)  # after those of the first process alone, for which the others wait here
     start_trackers(compute.accelerator, config)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    watch = audio_watch(config)
-    Trainer(transformer, parameters, optimizer, loader, task, loop, progress, listeners, scaler, watch).run()
+    watch, norm_groups = audio_watch(config), by_stream(names, parameters)
+    actions = weight_actions(config, network, average)
+    first_step, started = progress.global_step, time.time()
+    Trainer(
+        transformer,
+        parameters,
+        optimizer,
+        loader,
+        task,
+        loop,
+        progress,
+        listeners,
+        scaler,
+        audio_watch=watch,
+        weight_actions=actions,
+        norm_groups=norm_groups,
+    ).run()
     compute.accelerator.end_training()
-    logger.info("done: %d steps, files in %s", progress.global_step, config.save.output_dir)
+    RunSummary(
+        first_step=first_step,
+        progress=progress,
+        seconds=time.time() - started,
+        validation=validator.last if validator else {},
+        files=written_files(config.save.output_dir, config.save.output_name, started),
+    ).log()
     return 1 if previewer and previewer.failures else 0
 
 
@@ -119,8 +165,9 @@ def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], prog
         logger.warning("--learning_rate not given: using 2e-6; LoRA runs usually use about 1e-4")
     if "network_alpha" not in explicit:
         logger.warning("--network_alpha not given: using 1, so the LoRA acts with 1/rank of its strength")
-    if config.optimizer.lr_scheduler == "constant" and config.optimizer.lr_warmup_steps:
-        logger.warning("--lr_scheduler constant has no warm-up; use constant_with_warmup")
+    for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
+        if getattr(config.processes, name):
+            logger.warning("--%s has no effect: gradients are averaged once a step, without DDP", name)
     if config.timestep.weighting_scheme != "none":
         logger.warning(
             "--weighting_scheme %s has no effect: LTX-2 is trained with equal weight at every noise level",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .checkpoints import (
     SavePoint,
     comfy_path,
     describe,
+    ema_path,
     lora_path,
     outdated,
     remove_lora,
@@ -26,8 +28,10 @@ from .checkpoints import (
     write_sidecar,
 )
 from .metadata import RunFacts, training_metadata
+from .optimizers import evaluation_weights
 from .state import Progress, save_state
 from .trainer import StepReport
+from .weights import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ class Saver:
     parameter_names: list[str]
     settings: dict[str, Any]
     scaler: torch.amp.GradScaler | None = None
+    average: WeightAverage | None = None
     _last: StepReport | None = None
 
     def on_start(self, progress: Progress) -> None:
@@ -86,6 +91,7 @@ class Saver:
                 optimizer=self.optimizer,
                 parameter_names=self.parameter_names,
                 settings=self.settings,
+                average=self.average.state_dict() if self.average else None,
             )
             logger.info("saved state %s", folder)
 
@@ -95,15 +101,26 @@ class Saver:
         metadata = self.network.metadata() | training_metadata(
             self.config, self.facts, step=progress.global_step, epoch=progress.epoch
         )
-        dtype = parse_dtype(save.save_precision)
+        with evaluation_weights(self.optimizer):
+            written = self._write(original, metadata)
+        if self.average:
+            settings = self.config.network
+            facts = {"ss_ema_decay": str(settings.ema_decay), "ss_ema_update_every": str(settings.ema_update_every)}
+            with self.average.applied():
+                written += self._write(ema_path(original), metadata | facts)
+        if save.save_checkpoint_metadata:
+            write_sidecar(sidecar_path(original), self._sidecar(progress))
+        logger.info("saved %s", describe(written))
+
+    def _write(self, original: Path, metadata: dict[str, str]) -> list[Path]:
+        """The network's weights in the formats that were asked for."""
+        save, dtype = self.config.save, parse_dtype(self.config.save.save_precision)
         written = []
         if save.save_original_lora or not save.convert_to_comfy:
             written.append(self.network.save_weights(original, dtype, metadata))
         if save.convert_to_comfy:
             written.append(self.network.save_weights(comfy_path(original), dtype, metadata, fmt="comfy"))
-        if save.save_checkpoint_metadata:
-            write_sidecar(sidecar_path(original), self._sidecar(progress))
-        logger.info("saved %s", describe(written))
+        return written
 
     def _sidecar(self, progress: Progress) -> dict[str, Any]:
         last = self._last

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.av import AV
@@ -28,17 +28,18 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
-from musubi_tuner.networks.param_groups import param_groups
 from musubi_tuner.networks.resolve import resolve_network_module
 
 from .audio_watch import AudioWatch
-from .lr_schedulers import ScheduleSettings, lr_factor, resolve_steps
-from .optimizers import create_optimizer, optimizer_class
+from .distributed import check_launch
+from .lr_plan import make_plan, schedule_settings
+from .lr_schedulers import ScheduleSettings
+from .optimization import check_optimizer
 from .references import audio_reference_rules
 from .state import Progress
 from .step import TaskSettings
 from .supervision import SupervisionSettings
-from .tracking import log_folder, tracker_names
+from .tracking import check_trackers, log_folder, tracker_names
 from .trainer import LoopSettings
 
 logger = logging.getLogger(__name__)
@@ -66,18 +67,21 @@ def make_compute(config: TrainNetworkConfig) -> Compute:
         logger.info("--mixed_precision not given: using %s", precision)
     if precision not in _DTYPES:
         raise UserError(f"mixed precision {precision!r}: expected one of {', '.join(_DTYPES)}; use --mixed_precision")
+    for name, asked in (("fp16", config.precision.full_fp16), ("bf16", config.precision.full_bf16)):
+        if asked and precision != name:
+            raise UserError(f"--full_{name} needs --mixed_precision {name}; this run computes with {precision}")
     accelerator = Accelerator(
         mixed_precision="no",  # dtypes are set here, tensor by tensor; autocast would only add casts
         log_with=tracker_names(config.tracking) or None,
         project_dir=log_folder(config.tracking),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(config))],
     )
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"accelerate is set up for {accelerator.distributed_type.value}, which this trainer does not support; run "
-            "accelerate config again, or accelerate launch --multi_gpu"
-        )
     return Compute(accelerator, accelerator.device, _DTYPES[precision], precision)
+
+
+def _patience(config: TrainNetworkConfig) -> timedelta:
+    minutes = config.processes.ddp_timeout
+    return _PATIENCE if minutes is None else timedelta(minutes=minutes)
 
 
 def network_options(config: TrainNetworkConfig) -> dict[str, str]:
@@ -125,52 +129,36 @@ def load_model(
     )
     if settings.network_weights is not None:
         network.load_weights(settings.network_weights)
+    if config.precision.full_fp16 or config.precision.full_bf16:
+        network.to(dtype=compute.dtype)
     network.train()
     return transformer, network
 
 
-def make_optimizer(config: TrainNetworkConfig, network: LoRANetwork) -> torch.optim.Optimizer:
+def run_schedule(config: TrainNetworkConfig, loader: BatchLoader, accelerator: Accelerator) -> ScheduleSettings:
+    """The run's length and what its schedule is made from."""
     settings = config.optimizer
-    groups = param_groups(
-        network,
-        settings.learning_rate,
-        settings.audio_lr,
-        settings.lr_args,
-        loraplus_lr_ratio=network.args.loraplus_lr_ratio,
-    )
-    return create_optimizer(settings.optimizer_type, groups, settings.optimizer_args)
-
-
-def parameter_names(network: LoRANetwork, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the optimizer's parameters, in the order of its groups."""
-    names = {id(p): n for n, p in network.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
-def loop_settings(
-    config: TrainNetworkConfig, loader: BatchLoader, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> LoopSettings:
-    settings = config.optimizer
-    world = accelerator.num_processes
-    updates = math.ceil(loader.batches_per_epoch(world) / settings.gradient_accumulation_steps)
+    updates = math.ceil(loader.batches_per_epoch(accelerator.num_processes) / settings.gradient_accumulation_steps)
     total = settings.max_train_steps
     if settings.max_train_epochs is not None:
         total = settings.max_train_epochs * updates
+    return schedule_settings(settings, total)
+
+
+def loop_settings(
+    config: TrainNetworkConfig,
+    schedule: ScheduleSettings,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> LoopSettings:
+    settings = config.optimizer
     return LoopSettings(
-        total_steps=total,
+        total_steps=schedule.total_steps,
         accumulation=settings.gradient_accumulation_steps,
         max_grad_norm=settings.max_grad_norm,
-        lr_scheduler=settings.lr_scheduler,
-        schedule=ScheduleSettings(
-            total_steps=total,
-            warmup_steps=resolve_steps(settings.lr_warmup_steps, total),
-            num_cycles=settings.lr_scheduler_num_cycles,
-            min_lr_ratio=settings.lr_scheduler_min_lr_ratio,
-        ),
-        # Taken before a resumed state overwrites them: the flags of this run rule.
-        base_lrs=tuple(group["lr"] for group in optimizer.param_groups),
+        lr_plan=make_plan(settings, schedule, optimizer),
         rank=accelerator.process_index,
-        world_size=world,
+        world_size=accelerator.num_processes,
     )
 
 
@@ -242,10 +230,19 @@ def audio_watch(config: TrainNetworkConfig) -> AudioWatch:
     return AudioWatch(config.loss.audio_loss_weight, balance, supervision)
 
 
+class _Scaler(torch.amp.GradScaler):
+    """Also unscales gradients that are fp16 themselves (``--full_fp16``)."""
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
+    ) -> dict[torch.device, torch.Tensor]:
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+
+
 def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | None:
     if compute.mixed_precision != "fp16":
         return None
-    scaler = torch.amp.GradScaler(compute.device.type)
+    scaler = _Scaler(compute.device.type)
     if progress.scaler:
         scaler.load_state_dict(progress.scaler)
     # It makes its scale on first use. A process whose first step has nothing to scale unscales the others' gradients.
@@ -254,10 +251,9 @@ def make_scaler(compute: Compute, progress: Progress) -> torch.amp.GradScaler | 
 
 
 def check_choices(config: TrainNetworkConfig) -> None:
-    """Raise UserError for a wrong optimizer, schedule, network option or LoRA file before anything is loaded."""
-    settings = config.optimizer
-    optimizer_class(settings.optimizer_type)
-    lr_factor(settings.lr_scheduler, 0, ScheduleSettings(1, min_lr_ratio=settings.lr_scheduler_min_lr_ratio))
-    network_options(config)
+    """Raise UserError for a wrong launch, optimizer, schedule, tracker, network option or LoRA file, at once."""
+    check_launch(os.environ)
+    check_trackers(config.tracking)
+    check_optimizer(config.optimizer, config.network, network_options(config).get("loraplus_lr_ratio"))
     if config.network.network_weights is not None:
         LoraReader(config.network.network_weights)  # says what is wrong with the file

@@ -4,6 +4,7 @@ A folder holds safetensors and JSON only, so nothing in it can execute on loadin
 
     network.safetensors         trained parameters, in their training dtype
     optimizer.safetensors       optimizer tensors, named state/<parameter>/<key>
+    ema.safetensors             running average of the parameters, where there is one
     training_state.json         counters, optimizer scalars, loss history, settings
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from musubi_tuner.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _STATE_FILE = "training_state.json"
 _NETWORK_FILE = "network.safetensors"
 _OPTIMIZER_FILE = "optimizer.safetensors"
+_AVERAGE_FILE = "ema.safetensors"
+_TENSOR, _TUPLE = "__tensor__", "__tuple__"  # what stands in the JSON for them
 
 
 @dataclass
@@ -58,11 +61,15 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     parameter_names: list[str],
     settings: Mapping[str, Any],
+    average: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a state folder aside and rename it.
 
     ``parameter_names`` are the optimizer's parameters in the order of its groups; ``settings`` are the values
-    that must be equal when resuming.
+    that must be equal when resuming; ``average`` is a running average of the weights.
+
+    Raises:
+        UserError: the optimizer keeps something that is neither tensor nor plain value.
     """
     tensors, scalars = _flatten_optimizer(optimizer, parameter_names)
     document = {
@@ -75,6 +82,8 @@ def save_state(
         temporary.mkdir()
         save_file({k: v.detach().cpu().contiguous() for k, v in network.items()}, temporary / _NETWORK_FILE)
         save_file(tensors, temporary / _OPTIMIZER_FILE)
+        if average is not None:
+            save_file({k: v.detach().cpu().contiguous() for k, v in average.items()}, temporary / _AVERAGE_FILE)
         (temporary / _STATE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
@@ -122,14 +131,22 @@ def restore_network(folder: Path, network: nn.Module) -> None:
         if name not in saved
         or name not in current
         or saved[name].shape != current[name].shape
+        or saved[name].dtype != current[name].dtype
         or (name.endswith(".alpha") and saved[name] != current[name].cpu())
     ]
     if different:
         raise UserError(
             f"{folder}: its network differs from this run's in {len(different)} of {len(current)} tensors, e.g. "
-            f"{different[0]}; use the same network flags (--network_dim, --network_alpha, targets)"
+            f"{different[0]}; use the same network flags (--network_dim, --network_alpha, targets, "
+            "--full_fp16, --full_bf16)"
         )
     network.load_state_dict(saved)
+
+
+def load_average(folder: Path) -> dict[str, Tensor] | None:
+    """The running average that a state folder holds, if it holds one."""
+    path = folder / _AVERAGE_FILE
+    return _load(path) if path.exists() else None
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -160,70 +177,91 @@ def restore_optimizer(
     tensors = _load(folder / _OPTIMIZER_FILE)
     state: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(parameter_names):
-        entries = dict(scalars["state"].get(name, {}))
-        prefix = f"state/{name}/"
-        entries |= {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        entries = {k: _decode(v, tensors) for k, v in scalars["state"].get(name, {}).items()}
         if entries:
-            state[index] = _nested(entries)
+            state[index] = entries
     reference = optimizer.state_dict()["param_groups"]
-    groups = [{**saved, "params": now["params"]} for saved, now in zip(scalars["groups"], reference, strict=True)]
-    groups = [{k: _untupled(v, now.get(k)) for k, v in g.items()} for g, now in zip(groups, reference, strict=True)]
+    if len(scalars["groups"]) != len(reference):
+        raise UserError(
+            f"{folder}: holds {len(scalars['groups'])} groups of parameters, but this run has {len(reference)}; use "
+            "the same --audio_lr, --lr_args and --network_args"
+        )
+    pairs = zip(scalars["groups"], reference, strict=True)
+    groups = [_group(saved, now, tensors) for saved, now in pairs]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     _make_exact(optimizer, state)
 
 
-def _untupled(value: Any, like: Any) -> Any:
-    return tuple(value) if isinstance(like, tuple) and isinstance(value, list) else value
+def _group(saved: Mapping[str, Any], now: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A parameter group as it was, with this run's parameters and labels."""
+    kept = {k: now[k] for k in ("params", "label") if k in now}
+    return {k: _decode(v, tensors) for k, v in saved.items()} | kept
 
 
 def _make_exact(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
     # load_state_dict casts float state to the parameter's dtype; moments may be wider than their parameter.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entries in state.items():
+        current = optimizer.state[parameters[index]]
         for key, value in entries.items():
-            current = optimizer.state[parameters[index]].get(key)
-            if isinstance(value, Tensor) and isinstance(current, Tensor) and current.dtype != value.dtype:
-                optimizer.state[parameters[index]][key] = value.to(current.device)
+            if key in current:
+                current[key] = _exact(value, current[key])
 
 
-def _leaves(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("a/b", value) for nested dictionaries: bitsandbytes wraps its quantised state in one."""
-    for key, value in entries.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
+def _exact(saved: Any, current: Any) -> Any:
+    """``current`` in the dtype in which it was saved, on the device to which it was moved."""
+    if isinstance(saved, Tensor) and isinstance(current, Tensor) and saved.dtype != current.dtype:
+        return saved.to(current.device)
+    if isinstance(saved, (list, tuple)) and isinstance(current, (list, tuple)):
+        return type(saved)(_exact(s, c) for s, c in zip(saved, current, strict=True))
+    return current
 
 
 def _flatten_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, everything else with the names of the tensors in their places)."""
     document = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, entries in document["state"].items():
-        for key, value in _leaves(entries):
-            if isinstance(value, Tensor):
-                # A clone: safetensors refuses tensors that share memory (bitsandbytes' quantisation maps do).
-                tensors[f"state/{names[index]}/{key}"] = value.detach().cpu().clone().contiguous()
-            else:
-                scalars.setdefault(names[index], {})[key] = value
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in document["param_groups"]]
-    return tensors, {
-        "class": type(optimizer).__name__,
-        "parameters": names,
-        "state": scalars,
-        "groups": groups,
+    state = {
+        names[index]: {k: _encode(v, f"state/{names[index]}/{k}", tensors, optimizer) for k, v in entries.items()}
+        for index, entries in document["state"].items()
     }
+    groups = [
+        {k: _encode(v, f"group/{index}/{k}", tensors, optimizer) for k, v in group.items() if k != "params"}
+        for index, group in enumerate(document["param_groups"])
+    ]
+    return tensors, {"class": type(optimizer).__name__, "parameters": names, "state": state, "groups": groups}
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Any:
+    """``value`` as JSON holds it; tensors in it go to ``tensors`` and leave their name behind."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        # A clone: safetensors refuses tensors that share memory (bitsandbytes' quantisation maps do).
+        tensors[path] = value.detach().cpu().clone().contiguous()
+        return {_TENSOR: path}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(v, f"{path}/{i}", tensors, optimizer) for i, v in enumerate(value)]
+        return {_TUPLE: items} if isinstance(value, tuple) else items
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {k: _encode(v, f"{path}/{k}", tensors, optimizer) for k, v in value.items()}
+    raise UserError(
+        f"{type(optimizer).__name__} keeps a {type(value).__name__} ({path}), which a state folder cannot hold: train "
+        "without --save_state, or with another --optimizer_type"
+    )
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo :func:`_encode`."""
+    if isinstance(value, list):
+        return [_decode(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _TUPLE in value:
+        return tuple(_decode(v, tensors) for v in value[_TUPLE])
+    return {k: _decode(v, tensors) for k, v in value.items()}
 
 
 def find_latest_state(output_dir: Path, output_name: str) -> Path | None:

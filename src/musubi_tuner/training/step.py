@@ -13,7 +13,7 @@ from musubi_tuner.conditioning.caption_dropout import drop_captions
 from musubi_tuner.conditioning.intrinsic import condition_first_frame, condition_masks
 from musubi_tuner.conditioning.reference import AudioReferenceRules, prepend_references
 from musubi_tuner.conditioning.silence import fill_silence, part_silence
-from musubi_tuner.dataset.batch import Batch, TextEmbeds
+from musubi_tuner.dataset.batch import Batch, SampleKey, TextEmbeds
 from musubi_tuner.diffusion.level_pool import LevelPool
 from musubi_tuner.diffusion.losses import LossTerm, task_losses
 from musubi_tuner.diffusion.noising import noise_batch, sample_generators
@@ -51,15 +51,27 @@ class TrainingView:
     tokens: AV[NoisedTokens]
     weights: AV[float]
     perturbations: Perturbations | None = None
+    keys: tuple[SampleKey, ...] = ()
     silent: Tensor | None = None  # [B] bool on the CPU: samples whose sound is silence put in its place
+
+    @property
+    def sigma(self) -> Tensor:
+        """[B] noise level of each sample: the video's, without video the sound's."""
+        tokens = self.tokens.video if self.tokens.video is not None else self.tokens.audio
+        return tokens.sigma
 
     @property
     def num_tokens(self) -> int:
         return sum(t.clean.shape[0] * t.clean.shape[1] for _, t in self.tokens.items())
 
 
-def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks: int) -> TrainingView:
-    """Noise and condition a batch. Runs ahead of the device; every draw is keyed by sample and epoch."""
+def prepare_view(
+    batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks: int, quantiles: Tensor | None = None
+) -> TrainingView:
+    """Noise and condition a batch. Runs ahead of the device; every draw is keyed by sample and epoch.
+
+    ``quantiles`` [B] in (0, 1) are those of the noise levels to take, instead of drawing them.
+    """
 
     def draws(purpose: str) -> list[torch.Generator]:
         return sample_generators(settings.seed, purpose, epoch, batch.keys)
@@ -71,6 +83,7 @@ def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks
         generators=draws("noise"),
         independent_audio=settings.independent_audio_timestep,
         shares=None if settings.level_pool is None else settings.level_pool.deal(epoch, batch.keys),
+        quantiles=quantiles,
         device=settings.device,
     )
     tokens = condition_first_frame(tokens, settings.first_frame_p, draws("first_frame"))
@@ -84,6 +97,7 @@ def prepare_view(batch: Batch, settings: TaskSettings, *, epoch: int, num_blocks
         tokens=tokens,
         weights=weights,
         perturbations=_silence_absent_audio(batch, tokens, num_blocks, settings.device),
+        keys=batch.keys,
         silent=silent,
     )
 

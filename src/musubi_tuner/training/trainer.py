@@ -8,31 +8,41 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from musubi_tuner.common.devices import peak_memory
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.log import warn_once
 from musubi_tuner.common.progress import progress as progress_bar
+from musubi_tuner.common.progress import restart_clock
 from musubi_tuner.common.seeding import derive_seed
-from musubi_tuner.dataset.batch import Batch
+from musubi_tuner.common.tables import format_bytes
+from musubi_tuner.dataset.batch import Batch, SampleKey
+from musubi_tuner.dataset.collate import damaged_files
 from musubi_tuner.dataset.loader import BatchLoader
-from musubi_tuner.diffusion.losses import AUDIO_TERMS, total
+from musubi_tuner.diffusion.losses import AUDIO_TERMS, LossTerm, total
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 
 from .audio_watch import AudioWatch
-from .distributed import average_gradients, sum_over_processes
-from .lr_schedulers import ScheduleSettings, lr_factor
+from .distributed import average_gradients
+from .lr_plan import LrPlan
+from .optimizers import is_schedule_free, learning_rates
+from .pace import Waiting
 from .state import Progress
 from .step import TaskSettings, TrainingView, prepare_view, view_losses
+from .tally import StepTally
+from .weights import WeightAction
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_SKIPPED_IN_A_ROW = 20
 _LOSSES = ("loss", "video", *AUDIO_TERMS)  # what a step reports; a batch may lack some
+_NORM = "grad_norm"
 
 
 @dataclass(frozen=True)
@@ -42,9 +52,7 @@ class LoopSettings:
     total_steps: int
     accumulation: int
     max_grad_norm: float
-    lr_scheduler: str
-    schedule: ScheduleSettings
-    base_lrs: tuple[float, ...]  # of the optimizer's groups, before the schedule
+    lr_plan: LrPlan
     rank: int = 0
     world_size: int = 1
 
@@ -53,7 +61,7 @@ class LoopSettings:
 class StepReport:
     """What one optimizer step found, over all processes.
 
-    Losses are means over the micro-batches that had the modality.
+    Losses are means over the micro-batches that had the modality, or over the samples in a range of noise levels.
     """
 
     step: int  # 1-based
@@ -61,10 +69,12 @@ class StepReport:
     loss: float
     losses: dict[str, float]
     grad_norm: float
-    lrs: dict[str, float]
+    lrs: dict[str, float]  # by label of the group
     seconds: float
     num_tokens: int
     average_loss: float
+    wait_share: float  # of the time, in which this process waited for data
+    peak_memory: int  # bytes, of this process
     stepped: bool  # False: dropped, or no batch reached anything that is trained
     scalars: Mapping[str, float] = field(default_factory=dict)  # further numbers to log, by their full names
 
@@ -92,7 +102,11 @@ class Trainer:
     listeners: Sequence[Listener] = ()
     scaler: torch.amp.GradScaler | None = None
     audio_watch: AudioWatch = AudioWatch()
+    weight_actions: Sequence[WeightAction] = ()  # in this order after each step of the optimizer
+    norm_groups: Mapping[str, Sequence[torch.nn.Parameter]] = field(default_factory=dict)  # to log the norms of
     _skipped_in_a_row: int = field(init=False, default=0)
+    _first_step: int = field(init=False, default=1)
+    _damaged: set[Path] = field(init=False, default_factory=set)
 
     def run(self) -> None:
         """Train to the end.
@@ -102,9 +116,12 @@ class Trainer:
         """
         state = self.progress
         self._fit_position_to_data()
+        if is_schedule_free(self.optimizer):
+            self.optimizer.train()
         for listener in self.listeners:
             listener.on_start(state)
         with progress_bar(total=self.loop.total_steps, initial=state.global_step, desc="steps", unit="step") as bar:
+            self._first_step = state.global_step + 1
             while state.global_step < self.loop.total_steps:
                 self._run_epoch(bar)
         for listener in self.listeners:
@@ -130,16 +147,19 @@ class Trainer:
         epoch = state.epoch
         start = state.batch_in_epoch
         batches = self.loader.epoch(epoch, start=start, rank=self.loop.rank, world_size=self.loop.world_size)
-        views = Lookahead(self._view(batch, epoch) for batch in batches)
+        waiting = Waiting(batches)
+        views = Lookahead(self._view(batch, epoch) for batch in waiting)
         num_batches = state.batches_per_epoch
         while state.epoch == epoch and state.global_step < self.loop.total_steps:
             # Where the processes cannot share an epoch evenly, a process may get an empty last window. It takes part in
             # the step all the same: the others wait for it.
             window = itertools.islice(views, self.loop.accumulation)
-            report = self._optimizer_step(window, epoch, prepare_next=views.prepare)
+            report = self._optimizer_step(window, epoch, prepare_next=views.prepare, waited=waiting.take)
             state.batch_in_epoch = min(state.batch_in_epoch + self.loop.accumulation, num_batches)
             bar.set_postfix(self._postfix(report), refresh=False)
             bar.update(1)
+            if report.step == self._first_step:
+                restart_clock(bar)
             # The epoch's last step counts as the start of the next epoch, so that a state saved there does not
             # ask a resumed run for an epoch of no batches.
             if state.batch_in_epoch >= num_batches:
@@ -154,33 +174,56 @@ class Trainer:
         return prepare_view(batch, self.task, epoch=epoch, num_blocks=len(self.transformer.transformer_blocks))
 
     def _optimizer_step(
-        self, window: Iterator[TrainingView], epoch: int, *, prepare_next: Callable[[], None]
+        self,
+        window: Iterator[TrainingView],
+        epoch: int,
+        *,
+        prepare_next: Callable[[], None],
+        waited: Callable[[], float],
     ) -> StepReport:
         started = time.perf_counter()
         state = self.progress
-        self._set_lrs(state.global_step)
-        tally: dict[str, list[Tensor]] = {name: [] for name in _LOSSES}
-        num_tokens = 0
+        self.loop.lr_plan.apply(self.optimizer, state.global_step)
+        norm_names = [_NORM, *(f"{_NORM}/{name}" for name in self.norm_groups)]
+        tally = StepTally([*_LOSSES, *norm_names], self.task.device)
+        keys: list[SampleKey] = []
         for index, view in enumerate(window):
-            for name, value in self._backward(view, index).items():
-                tally[name].append(value)
-            num_tokens += view.num_tokens
-        grad_norm = self._clipped_gradients()
+            keys += view.keys
+            tally.add_batch(self._backward(view, index), view.sigma, view.num_tokens)
+        for name, value in self._clipped_gradients().items():
+            tally.add(name, value)
         prepare_next()
-        losses, counts = self._read(tally, grad_norm)
-        norm, loss = losses.pop("grad_norm"), losses.pop("loss")
-        scalars = self.audio_watch.observe(losses, counts, state)
-        stepped = self._apply(math.isfinite(norm) and math.isfinite(loss))
+        totals = tally.over_processes()
+        losses, norms = totals.means(_LOSSES), totals.means(norm_names)
+        norm, loss = norms.pop(_NORM), losses.pop("loss")
+        scalars = dict(self.audio_watch.observe(losses, totals.counts, state))
+        scalars |= {f"loss/{name}": value for name, value in totals.loss_by_range.items()} | norms
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if not finite:
+            self._name_damaged(keys)
+        stepped = self._apply(finite)
         state.global_step += 1
-        average = self._record(loss)
-        lrs = {g.get("label", str(i)): g["lr"] for i, g in enumerate(self.optimizer.param_groups)}
+        for action in self.weight_actions if stepped else ():
+            scalars |= action(state.global_step)
         seconds = time.perf_counter() - started
         return StepReport(
-            state.global_step, epoch, loss, losses, norm, lrs, seconds, num_tokens, average, stepped, scalars
+            step=state.global_step,
+            epoch=epoch,
+            loss=loss,
+            losses=losses,
+            grad_norm=norm,
+            lrs=learning_rates(self.optimizer),
+            seconds=seconds,
+            num_tokens=totals.num_tokens,
+            average_loss=self._record(loss),
+            wait_share=min(waited() / seconds, 1.0),
+            peak_memory=peak_memory(self.task.device),
+            stepped=stepped,
+            scalars=scalars,
         )
 
-    def _backward(self, view: TrainingView, index: int) -> dict[str, Tensor]:
-        """Add a micro-batch's gradients; returns its losses, detached."""
+    def _backward(self, view: TrainingView, index: int) -> Mapping[str, LossTerm]:
+        """Add a micro-batch's gradients; returns its loss terms."""
         # Dropout draws from the global generator. Seeded by the micro-batch's place in the step, it draws the same in
         # a resumed run, and however many processes share the step.
         place = index * self.loop.world_size + self.loop.rank
@@ -194,39 +237,24 @@ class Trainer:
             warn_once(
                 logger, "untouched", "a batch of %s trains nothing: no adapted module has a part in it", "+".join(terms)
             )
-        return {"loss": loss.detach(), **{name: term.mean().detach() for name, term in terms.items()}}
-
-    def _set_lrs(self, step: int) -> None:
-        factor = lr_factor(self.loop.lr_scheduler, step, self.loop.schedule)
-        for group, base in zip(self.optimizer.param_groups, self.loop.base_lrs, strict=True):
-            group["lr"] = base * factor
+        return terms
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self.parameters)
 
-    def _clipped_gradients(self) -> Tensor:
+    def _clipped_gradients(self) -> dict[str, Tensor]:
+        """Clip; returns the norms before, of all gradients and of each group that has any."""
         # Averaged before they are unscaled: an overflow on one process is one on all, and the scalers stay equal.
         average_gradients(self.parameters)
         if self.scaler and self._has_gradients():
             self.scaler.unscale_(self.optimizer)
+        norms = {}
+        for name, parameters in self.norm_groups.items():
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if gradients:
+                norms[f"{_NORM}/{name}"] = torch.nn.utils.get_total_norm(gradients)
         max_norm = self.loop.max_grad_norm if self.loop.max_grad_norm > 0 else math.inf
-        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
-
-    def _read(
-        self, tally: Mapping[str, Sequence[Tensor]], grad_norm: Tensor
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Means over all micro-batches of all processes and the gradient norm, in one transfer; and their counts.
-
-        Every process sends and sees the same numbers, also where its own batches lack a modality, and so takes the
-        same branch afterwards.
-        """
-        values = {**tally, "grad_norm": [grad_norm.to(self.task.device)]}
-        zero = torch.zeros((), device=self.task.device)
-        sums = torch.stack([torch.stack([zero, *v]).sum() for v in values.values()])
-        counts = torch.tensor([float(len(v)) for v in values.values()]).to(sums.device)
-        sums, counts = sum_over_processes(torch.stack([sums, counts])).tolist()
-        by_name = dict(zip(values, counts, strict=True))
-        return {name: s / by_name[name] for name, s in zip(values, sums, strict=True) if by_name[name]}, by_name
+        return norms | {_NORM: torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)}
 
     def _apply(self, finite: bool) -> bool:
         """Step the optimizer, or drop the step when a loss or gradient is not finite."""
@@ -252,6 +280,13 @@ class Trainer:
             )
         return False
 
+    def _name_damaged(self, keys: Sequence[SampleKey]) -> None:
+        """Name the cache files that made a step non-finite, each once; every process looks at its own batches."""
+        for path in damaged_files(self.loader.plan.training_set, keys):
+            if path not in self._damaged:
+                self._damaged.add(path)
+                logger.error("%s: holds NaN or infinity, or cannot be read; delete it and cache it again", path)
+
     def _record(self, loss: float) -> float:
         """Mean over the latest loss of each in-epoch step; non-finite losses are left out."""
         state = self.progress
@@ -273,6 +308,9 @@ class Trainer:
             value = report.scalars.get(f"loss/{name}")
             if value is not None:
                 shown[short] = f"{value:.3f}"
+        shown["tok/s"] = f"{report.num_tokens / report.seconds:.0f}"
+        shown["wait"] = f"{report.wait_share:.0%}"
+        shown["mem"] = format_bytes(report.peak_memory)
         return shown
 
 

@@ -46,6 +46,7 @@ from musubi_tuner.dataset import loader as loader_module
 from musubi_tuner.dataset.cache import CacheName, write_audio, write_latents, write_text
 from musubi_tuner.diffusion.losses import total
 from musubi_tuner.training import trainer as trainer_module
+from musubi_tuner.training.optimizers import create_optimizer
 from musubi_tuner.training.step import TrainingView, prepare_view, view_losses
 from musubi_tuner.training.trainer import Trainer
 
@@ -190,10 +191,7 @@ def time_parts(trainer: Trainer, watch: Stopwatch) -> None:
     trainer_module.view_losses = watch.around("losses", view_losses)
     trainer_module.prepare_view = watch.around("noise and conditions", prepare_view)
     trainer._clipped_gradients = watch.around("norms and clipping", trainer._clipped_gradients)
-    if hasattr(trainer_module, "StepTally"):
-        trainer_module.StepTally = timed_class(trainer_module.StepTally, watch, "collecting and reading losses")
-    else:
-        trainer._read = watch.around("collecting and reading losses", trainer._read)
+    trainer_module.StepTally = timed_class(trainer_module.StepTally, watch, "collecting and reading losses")
     loader_module.BatchLoader.epoch = waiting(loader_module.BatchLoader.epoch, watch)
     bar = tqdm.tqdm
     bar.set_postfix = watch.around("progress bar", bar.set_postfix)
@@ -226,7 +224,7 @@ def waiting(epoch: Callable[..., Iterator], watch: Stopwatch) -> Callable[..., I
 
 def bare_loop(trainer: Trainer, views: list[TrainingView], steps: int) -> list[float]:
     """Seconds of each step of the shortest loop that trains."""
-    optimizer = type(trainer.optimizer)(trainer.parameters, lr=1e-4)
+    optimizer = create_optimizer("AdamW", [{"params": trainer.parameters, "lr": 1e-4}])
     seconds, started = [], time.perf_counter()
     for step in range(steps):
         loss = total(view_losses(trainer.transformer, views[step % len(views)], trainer.task))
@@ -268,8 +266,8 @@ def report(record: Steps, bare: list[float]) -> None:
     inner = [i for i in range(len(record.walls)) if i not in record.starts]
     quiet = sorted(inner, key=lambda i: record.walls[i])[: max(1, len(inner) // 4)]
     names = {name for i in quiet for name in record.parts[i]}
-    spent = {name: statistics.median(record.parts[i].get(name, 0.0) for i in quiet) for name in names}
-    wall = statistics.median(record.walls[i] for i in quiet)
+    spent = {name: statistics.fmean(record.parts[i].get(name, 0.0) for i in quiet) for name in names}
+    wall = statistics.fmean(record.walls[i] for i in quiet)
     model = sum(spent.get(name, 0.0) for name in MODEL)
     spent["everything else"] = wall - sum(spent.values())
     rows = [[name, milliseconds(spent.get(name, 0.0)), f"{spent.get(name, 0.0) / wall:.1%}"] for name in MODEL]
@@ -278,13 +276,13 @@ def report(record: Steps, bare: list[float]) -> None:
     rows += [["outside the model", milliseconds(wall - model), f"{(wall - model) / wall:.1%}"]]
     rows += [["whole step", milliseconds(wall), "100.0%"]]
     print(format_table(["part", "ms", "share"], rows, title=f"one optimizer step ({len(quiet)} of {len(inner)} steps)"))
-    quiet_bare = statistics.median(sorted(bare)[: max(1, len(bare) // 4)])
-    every = statistics.median(record.walls[i] for i in inner)
+    quiet_bare = statistics.fmean(sorted(bare)[: max(1, len(bare) // 4)])
+    every, every_bare = statistics.median(record.walls[i] for i in inner), statistics.median(bare)
     rows = [
         ["quietest quarter", milliseconds(wall), milliseconds(quiet_bare), f"{wall / quiet_bare:.3f}"],
-        ["all steps", milliseconds(every), milliseconds(statistics.median(bare)), f"{every / statistics.median(bare):.3f}"],
+        ["all steps", milliseconds(every), milliseconds(every_bare), f"{every / every_bare:.3f}"],
     ]
-    print(format_table(["median of", "loop ms", "bare ms", "loop / bare"], rows))
+    print(format_table(["steps", "loop ms", "bare ms", "loop / bare"], rows))
     first = statistics.median(record.walls[i] for i in record.starts)
     print(f"first step of an epoch: {milliseconds(first)} ms")
 

@@ -253,3 +253,30 @@ def test_autoresume_leaves_a_run_whose_name_starts_the_same_alone(tmp_path: Path
     assert find_latest_state(tmp_path, "run") is None
     saved(tmp_path / "run-000003-state", 3)
     assert find_latest_state(tmp_path, "run") == tmp_path / "run-000003-state"
+
+
+def test_a_state_of_accelerate_is_named_and_not_read(tmp_path: Path):
+    for name in ("model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        (tmp_path / name).write_bytes(b"never read")
+    with pytest.raises(UserError, match="is a state of accelerate .optimizer.bin.") as caught:
+        read_progress(tmp_path)
+    assert f"--network_weights {tmp_path / 'model.safetensors'}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "optimizer.safetensors"])
+def test_autoresume_skips_a_state_with_a_truncated_file(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str):
+    for step in (10, 20):
+        saved(tmp_path / f"run-step{step:08d}-state", step)
+    broken = tmp_path / "run-step00000020-state" / name
+    broken.write_bytes(broken.read_bytes()[:-1])
+    assert find_latest_state(tmp_path, "run") == tmp_path / "run-step00000010-state"
+    assert f"{name} is truncated" in caplog.text
+
+
+def test_a_state_without_a_file_is_skipped_and_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    saved(tmp_path / "run-state", 4)
+    (tmp_path / "run-state" / "optimizer.safetensors").unlink()
+    assert find_latest_state(tmp_path, "run") is None
+    assert "skipping" in caplog.text
+    with pytest.raises(UserError, match="optimizer.safetensors does not exist"):
+        read_progress(tmp_path / "run-state")

@@ -34,22 +34,6 @@ def arguments(assets, output: Path, *extra: str, steps: int = 2, mode: str = "av
     ]
 
 
-TIMINGS = ("step_seconds", "tokens_per_second", "data_wait_share", "peak_memory_gib")
-
-
-@pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, float]]:
-    """Scalars by step, without the timings."""
-    scalars: dict[int, dict[str, float]] = {}
-
-    def record(accelerator, values, step: int) -> None:
-        timeless = {k: v for k, v in values.items() if k not in TIMINGS}
-        scalars.setdefault(step, {}).update(timeless)
-
-    monkeypatch.setattr("musubi_tuner.training.tracking.log_scalars", record)
-    return scalars
-
-
 EXACT_RESUME = {
     "plain": ("--gradient_checkpointing",),
     "accumulation, dropout, cosine": (

@@ -64,18 +64,6 @@ def arguments(assets, output: Path, *extra: str, steps: int, mixed: str = "no") 
     ]
 
 
-@pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, float]]:
-    """Scalars by step, without the timings."""
-    scalars: dict[int, dict[str, float]] = {}
-
-    def record(accelerator, values, step: int) -> None:
-        scalars.setdefault(step, {}).update({k: v for k, v in values.items() if "second" not in k})
-
-    monkeypatch.setattr("musubi_tuner.training.tracking.log_scalars", record)
-    return scalars
-
-
 RESUMED = {
     "average and limit": (
         *("--ema_decay", "0.8", "--ema_update_every", "2", "--scale_weight_norms", "0.02"),

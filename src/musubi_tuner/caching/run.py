@@ -83,6 +83,8 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
     )
     check_companions(datasets, mode, strict=config.references.strict_references)
     device = choose_device(config.dataset.device)
+    if config.encoding.disable_cudnn_backend:
+        torch.backends.cudnn.enabled = False
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     vae_checkpoint = Checkpoint.open(config.encoding.vae) if config.encoding.vae else checkpoint
     if mode != "audio":

@@ -6,27 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
+from .rules_memory import attention, compilation, gpu
 from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .rules_references import references
+from .rules_saving import resume_exists, rotation, uploads
 from .training import TrainNetworkConfig
-
-# Flags of the usual commands whose work arrives with the memory features.
-_NOT_YET = {
-    "flash_attn": "use --sdpa",
-    "flash3": "use --sdpa",
-    "blocks_to_swap": "leave it out",
-    "use_pinned_memory_for_block_swap": "leave it out",
-    "fp8_base": "leave it out: the base stays in bf16",
-    "fp8_scaled": "leave it out: the base stays in bf16",
-}
-
-
-def unavailable(config: TrainNetworkConfig) -> Iterable[str]:
-    """One message that names every flag whose feature does not exist yet."""
-    asked = [name for name in _NOT_YET if getattr(config.memory, name)]
-    if asked:
-        advice = "; ".join(f"--{name} ({_NOT_YET[name]})" for name in asked)
-        yield f"not available in this version: {advice}"
+from .unavailable import unavailable
 
 
 def required(config: TrainNetworkConfig) -> Iterable[str]:
@@ -55,10 +40,10 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
             "log_tracker_config": config.tracking.log_tracker_config,
             "gemma_root": config.gemma.gemma_root,
             "gemma_safetensors": config.gemma.gemma_safetensors,
-            "resume": config.save.resume,
         }
     )
     yield from folder("output_dir", config.save.output_dir)
+    yield from resume_exists(config.save, config.hub)
 
 
 def ranges(config: TrainNetworkConfig) -> Iterable[str]:
@@ -180,7 +165,7 @@ def audio_batches(config: TrainNetworkConfig) -> Iterable[str]:
 
 def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     """Flags that exclude or need each other."""
-    gemma, preview, save = config.gemma, config.preview, config.save
+    gemma, preview = config.gemma, config.preview
     if gemma.gemma_load_in_8bit and gemma.gemma_load_in_4bit:
         yield "--gemma_load_in_8bit and --gemma_load_in_4bit exclude each other"
     if gemma.gemma_safetensors and (gemma.gemma_load_in_8bit or gemma.gemma_load_in_4bit):
@@ -190,15 +175,13 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     wants_samples = preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs
     if wants_samples and preview.sample_prompts is None:
         yield "--sample_at_first and --sample_every_n_* need --sample_prompts"
-    has_text_encoder = gemma.gemma_root or gemma.gemma_safetensors or preview.use_precached_sample_prompts
-    if wants_samples and preview.sample_prompts is not None and not has_text_encoder:
-        yield "--sample_prompts needs --gemma_root, --gemma_safetensors or --use_precached_sample_prompts"
+    yield from attention(config.memory)
+    yield from compilation(config.compilation)
+    yield from gpu(config.cuda)
     yield from dtypes({"vae_dtype": config.precision.vae_dtype})
     yield from samples(config.decode, config.checkpoint.ltx2_mode)
-    for kind in ("epochs", "steps"):
-        for suffix in ("", "_state"):
-            if getattr(save, f"save_last_n_{kind}{suffix}") is not None and not getattr(save, f"save_every_n_{kind}"):
-                yield f"--save_last_n_{kind}{suffix} needs --save_every_n_{kind}"
+    yield from rotation(config.save)
+    yield from uploads(config.save, config.hub)
     if config.tracking.log_with in ("tensorboard", "all") and config.tracking.logging_dir is None:
         yield f"--log_with {config.tracking.log_with} needs --logging_dir"
 

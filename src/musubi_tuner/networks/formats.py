@@ -151,6 +151,7 @@ class LoraReader:
     Attributes:
         path, metadata, format: of the file.
         infos: canonical module name -> :class:`ModuleInfo`.
+        ignored: keys that are no part of a LoRA.
 
     Raises:
         UserError: the file is missing, is no safetensors file, no LoRA, of another model, or inconsistent.
@@ -188,7 +189,7 @@ class LoraReader:
         """Canonical name -> keys of both factors."""
         found: dict[str, dict[str, str]] = {}
         foreign: set[str] = set()
-        ignored = []
+        ignored: list[str] = []
         for key in keys:
             match = _KEY.fullmatch(key)
             if match is None:
@@ -207,6 +208,7 @@ class LoraReader:
         self._check_pairs(found, foreign, keys)
         if ignored:
             logger.warning("%s: %d tensors are no part of a LoRA, such as %s", self.path, len(ignored), ignored[0])
+        self.ignored = tuple(ignored)
         return {name: _Keys(**roles) for name, roles in found.items()}
 
     def _check_pairs(self, found: Mapping[str, Mapping[str, str]], foreign: set[str], keys: list[str]) -> None:
@@ -312,6 +314,7 @@ def save_lora(
     emit_alpha: bool = False,
     metadata: Mapping[str, str] | None = None,
     require_finite: bool = True,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a LoRA in a format; see :func:`write_lora`. ``metadata`` is added to the LoRA's own."""
     infos = {
@@ -326,6 +329,7 @@ def save_lora(
         metadata={**lora.metadata, **(metadata or {})},
         emit_alpha=emit_alpha,
         require_finite=require_finite,
+        check=check,
     )
 
 
@@ -338,6 +342,7 @@ def write_lora(
     metadata: Mapping[str, str],
     emit_alpha: bool = False,
     require_finite: bool = True,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a LoRA file whose modules are produced one at a time.
 
@@ -350,6 +355,7 @@ def write_lora(
         metadata: strings; hashes are added.
         emit_alpha: write alpha = r in the folded formats too.
         require_finite: fail on NaN and infinity (also those made by a narrow dtype), else only warn.
+        check: looks at the complete file before it gets its name, and raises if that must not be.
 
     Raises:
         UserError: not finite.
@@ -383,7 +389,7 @@ def write_lora(
         return getattr(current[name], role)
 
     kept = {k: v for k, v in metadata.items() if k != _PEFT_METADATA}  # its alpha no longer holds
-    return write_safetensors(path, specs, tensor, {"format": "pt", **kept})
+    return write_safetensors(path, specs, tensor, {"format": "pt", **kept}, check=check)
 
 
 def _check_finite(name: str, module: LoraModule, required: bool) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from musubi_tuner.common.atomic import atomic_path
+from musubi_tuner.common.atomic import atomic_path, to_disk
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 _LEGACY_WINDOW = (0x100000, 0x110000)
@@ -91,25 +91,32 @@ def write_safetensors(
     specs: Iterable[TensorSpec],
     produce: Callable[[str], Tensor],
     metadata: Mapping[str, str],
+    *,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a safetensors file with its hashes, one tensor in memory at a time; whole or not at all.
 
-    ``produce`` is called once per name, in the order of the file: by dtype, then by name.
+    ``produce`` is called once per name, in the order of the file: by dtype, then by name. ``check`` looks at the
+    complete file before it gets its name; what it raises leaves an older file of that name as it was.
     """
     specs = file_order(specs)
     hasher = SshsHasher(specs, metadata)
     # The hashes are known last but stand first: their room is kept by strings of the same length.
     metadata = {**metadata, MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(_header(specs, metadata))
-        for spec in specs:
-            tensor = produce(spec.name)
-            assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
-            data = tensor_bytes(tensor)
-            hasher.update(data)
-            file.write(data)
-        file.seek(0)
-        file.write(_header(specs, {**metadata, **hasher.digests()}))
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(_header(specs, metadata))
+            for spec in specs:
+                tensor = produce(spec.name)
+                assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
+                data = tensor_bytes(tensor)
+                hasher.update(data)
+                file.write(data)
+            file.seek(0)
+            file.write(_header(specs, {**metadata, **hasher.digests()}))
+        to_disk(temporary)
+        if check is not None:
+            check(temporary)
     return Path(path)
 
 

@@ -22,6 +22,7 @@ from .max_norm import limit_norms
 from .names import NATIVE_PREFIX, flat_name, in_transformer
 from .network_args import NetworkArgs, parse_network_args, probability
 from .targets import compile_patterns, linear_names, longest_match, modality_of, select_targets
+from .verdict import Verdict, check_file, measure
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,27 @@ class LoRANetwork(nn.Module):
     ) -> Path:
         """Write a LoRA file with hashes, whole or not at all; ``dtype`` None keeps float32."""
         return save_lora(self.as_lora_file(metadata), path, fmt, dtype=dtype, require_finite=False)
+
+    def verdict(self) -> Verdict:
+        """What the weights, which have to be finite, change."""
+        return measure(self.as_lora_file().modules.items())
+
+    def save_checked(
+        self,
+        path: str | os.PathLike[str],
+        verdict: Verdict,
+        dtype: torch.dtype,
+        metadata: Mapping[str, str],
+        *,
+        fmt: Format = "native",
+    ) -> Path:
+        """Like :meth:`save_weights`, but the file is read back and compared before it gets its name.
+
+        Raises:
+            UserError: it does not hold what the network does, or a value is not finite.
+        """
+        lora = self.as_lora_file(metadata)
+        return save_lora(lora, path, fmt, dtype=dtype, check=lambda written: check_file(written, lora, verdict))
 
     def metadata(self) -> dict[str, str]:
         """``ss_network_*`` entries that describe this network."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from musubi_tuner.common.atomic import write_text
+from musubi_tuner.common.atomic import is_partial, remove_folder, target_of, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ def sidecar_path(original: Path) -> Path:
 
 
 def write_sidecar(path: Path, values: Mapping[str, Any]) -> None:
-    """The ``.json`` beside a LoRA; absent values are left out."""
-    write_text(path, json.dumps({k: v for k, v in values.items() if v is not None}, indent=2) + "\n")
+    """The ``.json`` beside a LoRA."""
+    write_text(path, json.dumps(dict(values), indent=2) + "\n")
 
 
 def outdated(point: SavePoint, every: int, keep: int | None) -> SavePoint | None:
@@ -80,7 +80,7 @@ def remove_state(output_dir: Path, name: str, point: SavePoint) -> None:
     folder = state_path(output_dir, name, point)
     if folder.is_dir():
         logger.info("removing old state %s", folder)
-        shutil.rmtree(folder)
+        remove_folder(folder)
 
 
 def _remove(*paths: Path) -> None:
@@ -88,6 +88,12 @@ def _remove(*paths: Path) -> None:
         if path.exists():
             logger.info("removing old checkpoint %s", path)
             path.unlink()
+
+
+def leftovers(output_dir: Path, name: str) -> list[Path]:
+    """What saves of this name that did not come to their end left behind."""
+    ours = re.compile(re.escape(name) + r"(-\d{6,}|-step\d{8,})?(-state|(-ema)?(\.comfy)?\.safetensors|\.json)")
+    return [p for p in sorted(output_dir.iterdir()) if is_partial(p) and ours.fullmatch(target_of(p).name)]
 
 
 def describe(paths: Iterable[Path]) -> str:

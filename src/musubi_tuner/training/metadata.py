@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.networks.verdict import VERDICT, Verdict
 
 from .references import audio_flags
 
@@ -35,7 +36,9 @@ class RunFacts:
     num_with_reference: int = 0
 
 
-def training_metadata(config: TrainNetworkConfig, facts: RunFacts, *, step: int, epoch: int) -> dict[str, str]:
+def training_metadata(
+    config: TrainNetworkConfig, facts: RunFacts, *, step: int, epoch: int, verdict: Verdict
+) -> dict[str, str]:
     """Metadata of a file saved at a step, beside the network's own; the minimum only with ``--no_metadata``."""
     values: dict[str, Any] = {"ss_base_model_version": f"ltx2_{facts.version}"}
     if facts.reference_downscale != 1:  # sampling needs it, so it is no matter of choice
@@ -44,6 +47,7 @@ def training_metadata(config: TrainNetworkConfig, facts: RunFacts, *, step: int,
         )
     if config.network.metadata:
         values |= _full(config, facts) | {"ss_steps": step, "ss_epoch": epoch} | _modelspec(config, facts)
+        values[VERDICT] = verdict.to_json()
     return {k: str(v) for k, v in values.items() if v is not None}
 
 
@@ -112,9 +116,10 @@ def _modelspec(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]
     bounds = (timestep.min_timestep, timestep.max_timestep)
     values = {
         "sai_model_spec": "1.0.0",
-        "architecture": "LTX2/lora",
+        "architecture": save.metadata_arch or "LTX2/lora",
         "implementation": "https://github.com/Lightricks/LTX-2",
         "title": save.metadata_title or save.output_name,
+        "resolution": save.metadata_reso or "1280x720",
         "date": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(facts.started_at)),
         "author": save.metadata_author,
         "description": save.metadata_description,

@@ -76,7 +76,11 @@ def audio_flags(config: TrainNetworkConfig) -> dict[str, bool]:
 
 def _warn_of_unused_flags(config: TrainNetworkConfig) -> None:
     strategy = config.references.ic_lora_strategy
-    given = [f"--{name}" for name, value in audio_flags(config).items() if value]
+    flags = {
+        **audio_flags(config),
+        "audio_ref_identity_guidance_scale": config.references.audio_ref_identity_guidance_scale,
+    }
+    given = [f"--{name}" for name, value in flags.items() if value]
     if given and strategy != "audio_ref_only_ic":
         logger.warning("%s: no effect on training with --ic_lora_strategy %s", ", ".join(given), strategy)
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.config.hub import hub_folder
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
+from .hub import download_state
 from .state import Progress, find_latest_state, load_average, read_progress, restore_network, restore_optimizer
 from .trainer import LoopSettings
 from .weights import WeightAverage
@@ -65,6 +67,8 @@ class Resumed:
 
 def find_resumed(config: TrainNetworkConfig) -> Resumed | None:
     folder = config.save.resume
+    if folder is not None and config.hub.resume_from_huggingface:
+        folder = download_state(hub_folder(str(folder)), config.hub.huggingface_token)
     if folder is None and config.save.autoresume:
         folder = find_latest_state(config.save.output_dir, config.save.output_name)
         if folder is None:

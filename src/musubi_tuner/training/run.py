@@ -10,6 +10,7 @@ from dataclasses import replace
 from accelerate.utils import broadcast_object_list
 
 from musubi_tuner.common.errors import ConfigErrors
+from musubi_tuner.config.notices import without_effect
 from musubi_tuner.config.references import resolve_strategy
 from musubi_tuner.config.rules_training import mode_fits
 from musubi_tuner.config.training import TrainNetworkConfig
@@ -17,6 +18,7 @@ from musubi_tuner.models.checkpoint import Checkpoint
 
 from .data import make_loader, read_datasets, validation_set
 from .dry_run import run_dry_run
+from .hub import make_uploader
 from .optimization import make_optimizer, parameter_names, warn_of_rates, weight_actions, weight_average
 from .outlook import by_stream
 from .plan import report_plan, run_facts
@@ -82,6 +84,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     average = weight_average(config, network)
     if resumed:
         resumed.restore(network, optimizer, names, resume_settings(config, loop), average)
+        compute.accelerator.wait_for_everyone()  # the first process tidies the folder that all have read from
     task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
     scaler = make_scaler(compute, progress)
     facts = run_facts(config, version, progress, loop, schedule, loader, optimizer, task, compute)
@@ -95,9 +98,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     if config.tracking.log_cuda_memory_every_n_steps:
         listeners.append(CudaMemoryLog(tracking, compute.device, config.tracking.log_cuda_memory_every_n_steps))
     if compute.accelerator.is_main_process:
-        listeners.append(
-            Saver(config, facts, network, optimizer, names, resume_settings(config, loop), scaler, average)
-        )
+        settings, uploader = resume_settings(config, loop), make_uploader(config.hub)
+        listeners.append(Saver(config, facts, network, optimizer, names, settings, scaler, average, uploader))
     previewer = None
     if jobs and compute.accelerator.is_main_process:
         previewer = Previewer(
@@ -156,22 +158,26 @@ def _with_implied(config: TrainNetworkConfig, explicit: frozenset[str]) -> Train
         elif references.ic_lora_strategy == "audio_ref_only_ic":
             logger.info("--ic_lora_strategy audio_ref_only_ic: using the --lora_target_preset of that name")
             network = replace(network, lora_target_preset="audio_ref_only_ic")
+    if wants_previews(config) and not (config.gemma.gemma_root or config.gemma.gemma_safetensors):
+        if not config.preview.use_precached_sample_prompts:
+            logger.info(
+                "previews read the cached prompts; --gemma_root or --gemma_safetensors encodes them at the start"
+            )
+        config = replace(config, preview=replace(config.preview, use_precached_sample_prompts=True))
     strategy = resolve_strategy(references.ic_lora_strategy, network.lora_target_preset)
     return replace(config, network=network, references=replace(references, ic_lora_strategy=strategy))
 
 
 def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], progress: Progress) -> None:
+    for notice in without_effect(config, explicit):
+        logger.warning("%s", notice)
+    if not config.memory.sdpa:
+        logger.info("no attention kernel named: using --sdpa")
     if "learning_rate" not in explicit:
         logger.warning("--learning_rate not given: using 2e-6; LoRA runs usually use about 1e-4")
     if "network_alpha" not in explicit:
         logger.warning("--network_alpha not given: using 1, so the LoRA acts with 1/rank of its strength")
-    for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
-        if getattr(config.processes, name):
-            logger.warning("--%s has no effect: gradients are averaged once a step, without DDP", name)
-    if config.timestep.weighting_scheme != "none":
-        logger.warning(
-            "--weighting_scheme %s has no effect: LTX-2 is trained with equal weight at every noise level",
-            config.timestep.weighting_scheme,
-        )
+    if not (config.save.convert_to_comfy or config.save.save_original_lora):
+        logger.warning("--no_convert_to_comfy and --no_save_original_lora leave no format: the original is kept")
     if config.optimizer.seed not in (None, progress.seed):
         logger.warning("--seed %d: the resumed run goes on with its own, %d", config.optimizer.seed, progress.seed)

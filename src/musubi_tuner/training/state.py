@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from musubi_tuner.common.atomic import atomic_path
+from musubi_tuner.common.atomic import atomic_path, is_partial, is_replaced, target_of, to_disk
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import SafetensorsFile
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ _NETWORK_FILE = "network.safetensors"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _AVERAGE_FILE = "ema.safetensors"
 _TENSOR, _TUPLE = "__tensor__", "__tuple__"  # what stands in the JSON for them
+_FOREIGN = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")  # accelerate's, as other trainers write them
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Progress:
     scaler: dict[str, Any] = field(default_factory=dict)  # fp16 gradient scaler
     audio_balance: dict[str, float] = field(default_factory=dict)  # running means of the audio balance
     audio_supervision: dict[str, int] = field(default_factory=dict)  # batches counted by the supervision monitor
+    last_step: dict[str, float] = field(default_factory=dict)  # losses and rate of the latest step, for the sidecar
 
 
 def save_state(
@@ -69,9 +72,16 @@ def save_state(
     that must be equal when resuming; ``average`` is a running average of the weights.
 
     Raises:
-        UserError: the optimizer keeps something that is neither tensor nor plain value.
+        UserError: the optimizer keeps something that is neither tensor nor plain value, or NaN, which the next step
+            would put into the weights.
     """
     tensors, scalars = _flatten_optimizer(optimizer, parameter_names)
+    broken = next((name for name, t in tensors.items() if t.is_floating_point() and t.isnan().any()), None)
+    if broken is not None:
+        raise UserError(
+            f"step {progress.global_step}: the optimizer's {broken} holds NaN; its state is not saved, resume from an "
+            "earlier one with a lower --learning_rate"
+        )
     document = {
         "format_version": FORMAT_VERSION,
         "progress": asdict(progress),
@@ -85,6 +95,8 @@ def save_state(
         if average is not None:
             save_file({k: v.detach().cpu().contiguous() for k, v in average.items()}, temporary / _AVERAGE_FILE)
         (temporary / _STATE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        for file in temporary.iterdir():
+            to_disk(file)
 
 
 def read_progress(folder: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]]:
@@ -100,11 +112,7 @@ def read_progress(folder: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
         )
     path = folder / _STATE_FILE
     if not path.is_file():
-        found = "is not a folder" if not folder.is_dir() else f"has no {_STATE_FILE}"
-        raise UserError(
-            f"--resume {folder}: {found}; expected a folder written by --save_state of this trainer "
-            "(states of other trainers cannot be read)"
-        )
+        raise UserError(f"{folder}: {_what_else(folder)}")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format_version"] != FORMAT_VERSION:
@@ -112,9 +120,26 @@ def read_progress(folder: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
                 f"{path}: format_version {document['format_version']}, expected {FORMAT_VERSION}; resume with the "
                 "version of the trainer that wrote it"
             )
-        return Progress(**document["progress"]), document["settings"], document["optimizer"]
+        found = Progress(**document["progress"]), document["settings"], document["optimizer"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is damaged ({error}); resume from another state folder") from None
+    averages = [_AVERAGE_FILE] if (folder / _AVERAGE_FILE).exists() else []
+    for name in (_NETWORK_FILE, _OPTIMIZER_FILE, *averages):
+        SafetensorsFile(folder / name)  # says what is wrong with a file
+    return found
+
+
+def _what_else(folder: Path) -> str:
+    """What a path is that is no state folder of ours."""
+    foreign = next((name for name in _FOREIGN if (folder / name).is_file()), None)
+    if foreign is not None:
+        return (
+            f"is a state of accelerate ({foreign}), as other trainers save it; such files can run code when they are "
+            "read, so they are not. A new run can start from its LoRA: --network_weights "
+            f"{folder / 'model.safetensors'}"
+        )
+    found = f"has no {_STATE_FILE}" if folder.is_dir() else "is not a folder"
+    return f"{found}; expected a folder written by --save_state of this trainer"
 
 
 def restore_network(folder: Path, network: nn.Module) -> None:
@@ -269,8 +294,9 @@ def find_latest_state(output_dir: Path, output_name: str) -> Path | None:
     # Not every name that starts like this one's: "style" must not go on from a state of "style2".
     ours = re.compile(re.escape(output_name) + r"(-\d{6,}|-step\d{8,})?-state")
     candidates = []
-    for path in sorted(output_dir.glob("*-state")):
-        if not ours.fullmatch(path.name) or not (path / _STATE_FILE).is_file():
+    for path in sorted(output_dir.glob("*-state*")):
+        # A folder that was about to be replaced when the process ended is complete, under a name of its own.
+        if not ours.fullmatch(target_of(path).name) or (is_partial(path) and not is_replaced(path)):
             continue
         try:
             progress, _, _ = read_progress(path)

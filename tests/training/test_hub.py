@@ -1,0 +1,183 @@
+"""Uploads and downloads with a stand-in for the Hub."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from test_training_runs import arguments, refused
+
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.config.hub import HubConfig, HubFolder, hub_folder
+from musubi_tuner.ltx2_train_network import main as train
+from musubi_tuner.training.hub import Uploader, download_state
+
+TOKEN = "hf_a-secret"
+CONFIG = HubConfig(huggingface_repo_id="me/lora", huggingface_token=TOKEN)
+
+
+@dataclass
+class FakeApi:
+    """Records calls; ``broken`` makes them fail as a bad token does, ``gate`` lets uploads wait."""
+
+    broken: bool = False
+    gate: threading.Event | None = None
+    repositories: list[tuple[str, dict]] = field(default_factory=list)
+    sent: list[str] = field(default_factory=list)
+
+    def create_repo(self, repo_id: str, **kwargs) -> None:
+        self._fail()
+        self.repositories.append((repo_id, kwargs))
+
+    def upload_file(self, *, path_or_fileobj: Path, path_in_repo: str, repo_id: str, repo_type: str) -> None:
+        assert path_or_fileobj.is_file()
+        self._send(f"{repo_type}:{repo_id}:{path_in_repo}")
+
+    def upload_folder(self, *, folder_path: Path, path_in_repo: str, repo_id: str, repo_type: str) -> None:
+        assert folder_path.is_dir()
+        self._send(f"{repo_type}:{repo_id}:{path_in_repo}/")
+
+    def _send(self, what: str) -> None:
+        self._fail()
+        if self.gate is not None:
+            assert self.gate.wait(10)
+        self.sent.append(what)
+
+    def _fail(self) -> None:
+        if self.broken:
+            raise OSError(f"401 for {TOKEN}")
+
+
+@pytest.mark.parametrize(
+    ("text", "folder"),
+    [
+        ("me/lora/x-state", HubFolder("me/lora", "x-state")),
+        ("me/lora/runs/x-state:v2", HubFolder("me/lora", "runs/x-state", "v2")),
+        ("me/lora/x-state:main:dataset", HubFolder("me/lora", "x-state", "main", "dataset")),
+        ("me/lora/x-state::space", HubFolder("me/lora", "x-state", None, "space")),
+        ("me\\lora\\x-state", HubFolder("me/lora", "x-state")),  # as a path of Windows
+    ],
+)
+def test_addresses_of_states(text: str, folder: HubFolder):
+    assert hub_folder(text) == folder
+
+
+@pytest.mark.parametrize("text", ["me/lora", "x-state", "me/lora/x:main:models", "me/lora/x:a:model:b"])
+def test_wrong_addresses_of_states(text: str):
+    with pytest.raises(ValueError, match="OWNER/NAME/PATH"):
+        hub_folder(text)
+
+
+@pytest.mark.parametrize(("visibility", "private"), [(None, True), ("private", True), ("public", False)])
+def test_a_repository_is_private_unless_asked_otherwise(visibility, private: bool):
+    api = FakeApi()
+    config = replace(CONFIG, huggingface_repo_visibility=visibility, huggingface_repo_type="dataset")
+    Uploader(config, api).create_repository()
+    assert api.repositories == [("me/lora", {"repo_type": "dataset", "private": private, "exist_ok": True})]
+
+
+@pytest.mark.parametrize(("folder", "place"), [(None, "a.safetensors"), ("/runs\\one/", "runs/one/a.safetensors")])
+def test_place_of_a_file(tmp_path: Path, folder: str | None, place: str):
+    (tmp_path / "a.safetensors").touch()
+    api = FakeApi()
+    Uploader(replace(CONFIG, huggingface_path_in_repo=folder), api).upload([tmp_path / "a.safetensors"], wait=True)
+    assert api.sent == [f"model:me/lora:{place}"]
+
+
+def test_async_uploads_are_waited_for_at_the_end_only(tmp_path: Path):
+    for name in "ab":
+        (tmp_path / name).touch()
+    api = FakeApi(gate=threading.Event())
+    uploader = Uploader(replace(CONFIG, async_upload=True), api)
+    uploader.upload([tmp_path / "a"], wait=False)
+    assert api.sent == [], "training goes on"
+    api.gate.set()
+    uploader.upload([tmp_path / "b"], wait=True)
+    assert api.sent == ["model:me/lora:a", "model:me/lora:b"]
+
+
+def test_failures_are_logged_without_the_token(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "a").touch()
+    uploader = Uploader(CONFIG, FakeApi(broken=True))
+    uploader.create_repository()
+    uploader.upload([tmp_path / "a"], wait=True)
+    assert [r.levelname for r in caplog.records] == ["ERROR", "ERROR"]
+    assert "uploading a to me/lora failed: OSError: 401 for ***" in caplog.text
+    assert TOKEN not in caplog.text
+
+
+def uploaded(assets, output: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> FakeApi:
+    """What a run of two steps that saves each of them sends."""
+    api = FakeApi()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda token: api)
+    hub = ("--huggingface_repo_id", "me/lora", "--huggingface_token", TOKEN, "--save_every_n_steps", "1")
+    train(arguments(assets, output, *hub, *flags))
+    return api
+
+
+def test_a_run_uploads_both_formats_and_states(cached_demo, tmp_path: Path, monkeypatch, capsys):
+    flags = ("--save_state", "--save_state_to_huggingface", "--async_upload", "--huggingface_path_in_repo", "r")
+    api = uploaded(cached_demo(), tmp_path, monkeypatch, *flags)
+    ends = (".safetensors", ".comfy.safetensors", "-state/")
+    names = [f"x{point}{end}" for point in ("-step00000001", "-step00000002", "") for end in ends]
+    assert api.sent == [f"model:me/lora:r/{name}" for name in names]
+    output = capsys.readouterr()
+    assert "uploaded x.safetensors to me/lora/r/x.safetensors" in output.err
+    assert TOKEN not in output.out + output.err
+    assert all(TOKEN.encode() not in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_a_run_uploads_the_comfy_file_alone(cached_demo, tmp_path: Path, monkeypatch):
+    api = uploaded(cached_demo(), tmp_path, monkeypatch, "--no_save_original_lora")
+    assert api.sent[-1] == "model:me/lora:x.comfy.safetensors"
+    assert len(api.sent) == 3
+
+
+def test_a_run_resumes_from_the_hub(cached_demo, tmp_path: Path, monkeypatch, capsys):
+    train(arguments(cached_demo(), tmp_path / "first" / "runs", "--save_state"))
+    asked = {}
+
+    def snapshot(repo_id: str, **kwargs) -> str:
+        asked.update(kwargs, repo_id=repo_id)
+        return str(tmp_path / "first")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    flags = ("--resume", "me/lora/runs/x-state:v2:dataset", "--resume_from_huggingface", "--huggingface_token", TOKEN)
+    train(arguments(cached_demo(), tmp_path / "second", *flags, steps=3))
+    assert "runs/x-state at step 2" in capsys.readouterr().err.replace("\\", "/")
+    assert asked == {
+        "repo_id": "me/lora",
+        "repo_type": "dataset",
+        "revision": "v2",
+        "allow_patterns": ["runs/x-state/*.safetensors", "runs/x-state/*.json"],
+        "token": TOKEN,
+    }
+    with pytest.raises(UserError, match="has no folder elsewhere"):
+        download_state(HubFolder("me/lora", "elsewhere"), None)
+
+
+def test_a_download_that_fails_is_one_message_without_the_token(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(f"401 for {TOKEN}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match="me/lora/x-state: cannot be fetched") as caught:
+        download_state(HubFolder("me/lora", "x-state"), TOKEN)
+    assert TOKEN not in str(caught.value)
+
+
+WRONG = {
+    "no state to resume": (["--resume_from_huggingface"], "needs --resume OWNER/NAME/PATH"),
+    "no address": (["--resume_from_huggingface", "--resume", "x-state"], "expected OWNER/NAME/PATH"),
+    "no repository": (["--async_upload"], "--async_upload needs --huggingface_repo_id"),
+    "no owner": (["--huggingface_repo_id", "lora"], "lora: expected OWNER/NAME"),
+    "no states": (["--huggingface_repo_id", "me/lora", "--save_state_to_huggingface"], "needs --save_state or"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG.values(), ids=WRONG)
+def test_flags_that_need_others(cached_demo, tmp_path: Path, capsys, flags: list[str], message: str):
+    assert message in refused(arguments(cached_demo(), tmp_path / "out", *flags), capsys)
+    assert not (tmp_path / "out").exists()

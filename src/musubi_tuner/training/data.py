@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import torch
+
 from musubi_tuner.common.av import AV
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.discovery import discover
@@ -53,9 +55,15 @@ def _reference_options(config: TrainNetworkConfig) -> dict[str, int]:
 
 
 def make_loader(
-    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int, world_size: int
+    config: TrainNetworkConfig,
+    datasets: DatasetConfig,
+    checkpoint: Checkpoint,
+    *,
+    seed: int,
+    world_size: int,
+    device: torch.device,
 ) -> BatchLoader:
-    """Batches of the cached items.
+    """Batches of the cached items, for ``device``.
 
     Raises:
         ConfigErrors: no items, or caches that another checkpoint, mode or configuration made.
@@ -70,6 +78,7 @@ def make_loader(
         plan,
         workers=config.data.max_data_loader_n_workers,
         persistent=config.data.persistent_data_loader_workers,
+        pin_memory=device.type == "cuda",
     )
 
 

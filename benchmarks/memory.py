@@ -43,7 +43,7 @@ class Size:
     part: int  # tokens or queries of a part
 
 
-SIZES = {"tiny": Size(4, 16, 256, 32, 64), "mid": Size(6, 32, 512, 49, 128)}
+SIZES = {"tiny": Size(4, 16, 256, 32, 64), "mid": Size(6, 24, 512, 49, 128)}
 
 
 def combinations(size: Size) -> dict[str, MemorySettings]:
@@ -52,7 +52,6 @@ def combinations(size: Size) -> dict[str, MemorySettings]:
     split = {"split_attention": "all", "split_mode": "query", "split_queries": size.part}
     return {
         "nothing": MemorySettings(),
-        "FFN in parts": MemorySettings(**parts),
         f"swap {half}": MemorySettings(blocks_to_swap=half),
         f"swap {most}": MemorySettings(blocks_to_swap=most),
         f"checkpointing of {half}": replace(CHECKPOINTING, blocks_to_checkpoint=half),
@@ -148,6 +147,7 @@ def main() -> None:
     for name, settings in combinations(size).items():
         weights, peak, seconds = measure(size, settings, device, getattr(torch, args.dtype))
         rows.append([name, f"{weights:.1f}", f"{peak:.1f}", f"{weights + peak:.1f}", f"{seconds:.2f}"])
+        print(*rows[-1], sep=", ", file=sys.stderr, flush=True)
         gc.collect()
     print(
         f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {args.device}, {args.dtype}, {size}"

@@ -70,10 +70,11 @@ def test_previews_and_validation_between_the_steps(plain, cached_demo, tmp_path:
         found = run(assets, tmp_path / name, *flags, *previews)
         for key, tensor in plain.items():
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=0)
-        files = (tmp_path / name / "sample").iterdir()
+        files = (tmp_path / name / "sample").glob("*.wav")  # the encoder of videos does not repeat itself exactly
         results.append(({without_time(p): p.read_bytes() for p in files}, dict(logged)))
     (expected, scalars), (found, found_scalars) = results
     assert expected.keys() == found.keys()
+    assert expected
     assert [name for name in expected if expected[name] != found[name]] == []
     assert found_scalars == scalars
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .rules_common import dtypes, folder, missing, samples
+from .rules_common import dtypes, file_name, folder, missing, samples
 from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .rules_references import references
 from .rules_saving import resume_exists, rotation, uploads
@@ -59,6 +59,7 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
         }
     )
     yield from folder("output_dir", config.save.output_dir)
+    yield from file_name("output_name", config.save.output_name)
     yield from resume_exists(config.save, config.hub)
 
 

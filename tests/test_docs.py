@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def commands() -> list[list[str]]:
     found = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for block in re.findall(r"```\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for block in re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.splitlines():
                 command = line.partition("#")[0].rpartition("&&")[2].strip()
                 if re.match(r"(python|accelerate launch) .*ltx2_", command):
@@ -50,3 +51,31 @@ def test_links_lead_somewhere():
 
 def test_the_page_of_flags_is_current():
     assert PAGE.read_text(encoding="utf-8") == flags_page(), "run: python -m musubi_tuner.cli.flags_page"
+
+
+def printed_texts() -> list[str]:
+    """String constants of the product; what f-strings and log messages fill in is a line break."""
+    texts = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "\n" for part in node.values)
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(re.sub(r"%[-.\d]*[sdrfg]", "\n", node.value).replace("%%", "%"))
+    return texts
+
+
+def test_quoted_messages_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r'`"(.*?)"`', page)
+    assert len(quoted) > 40
+    texts = printed_texts()
+
+    def is_printed(message: str) -> bool:
+        fragments = [re.escape(part.strip()) for part in message.split("...")]
+        pattern = re.compile(".*".join(fragments), re.DOTALL)
+        return any(pattern.search(text) for text in texts)
+
+    assert [message for message in quoted if not is_printed(message)] == []

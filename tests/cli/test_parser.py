@@ -118,6 +118,54 @@ def test_config_file_is_typed_and_the_command_line_wins(tmp_path: Path):
     assert "mode" in parsed.explicit
 
 
+def test_config_file_of_a_real_script(tmp_path: Path):
+    """Spellings, conversions, tables, switches both ways, and who wins."""
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'dataset_config = "d.toml"\ncompile_dynamic = true\n'
+        '[model]\nltx_mode = "va"\nltx-version = "2.3"\n'
+        "[saving]\nno_convert_to_comfy = true\nno_save_original_lora = false\nno_metadata = true\n"
+        '[optimizer]\nlearning_rate = 1\nlr_warmup_steps = "10%"\nlr_args = "audio_=1e-5"\nsample_at_first = true\n',
+        encoding="utf-8",
+    )
+    argv = ["--config_file", str(file), "--no-sample_at_first", "--learning-rate", "2e-4"]
+    parsed = parse(TrainNetworkConfig, argv, prog="x.py", description="")
+    config = parsed.config
+    assert (config.checkpoint.ltx2_mode, config.version.ltx_version) == ("av", "2.3")
+    assert config.compilation.compile_dynamic == "true"
+    assert (config.save.convert_to_comfy, config.save.save_original_lora, config.network.metadata) == (
+        False,
+        True,
+        False,
+    )
+    assert (config.optimizer.learning_rate, config.optimizer.lr_warmup_steps) == (2e-4, 0.1)
+    assert config.optimizer.lr_args == ("audio_=1e-5",)
+    assert config.preview.sample_at_first is False
+    assert {"ltx2_mode", "convert_to_comfy", "lr_args"} <= parsed.explicit
+
+
+def test_config_file_of_a_real_script_is_checked(tmp_path: Path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'ltx2_mode = "vid"\nltx_mode = "av"\nlora_target_preset = "t3v"\nseed = "x"\nmax_train_steps = 1.5\n'
+        'save_state = "yes"\nnetwork_args = [1, [2]]\nfp8_bse = true\n',
+        encoding="utf-8",
+    )
+    with pytest.raises(ConfigErrors) as caught:
+        parse(TrainNetworkConfig, ["--config_file", str(file)], prog="x.py", description="")
+    text = str(caught.value)
+    for part in (
+        "'ltx_mode' repeats 'ltx2_mode'",
+        "lora_target_preset: expected one of t2v, v2v",
+        "seed: expected an integer, got 'x'",
+        "max_train_steps: expected an integer, got 1.5",
+        "save_state: expected true or false, got 'yes'",
+        "network_args: expected a string, got [1, [2]]",
+        "unknown key 'fp8_bse' (did you mean 'fp8_base'?)",
+    ):
+        assert part in text
+
+
 def test_config_file_suffix_is_optional(tmp_path: Path):
     (tmp_path / "run.toml").write_text("count = 9\n", encoding="utf-8")
     assert read("--config_file", str(tmp_path / "run")).config.group.count == 9

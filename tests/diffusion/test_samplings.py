@@ -14,7 +14,7 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from musubi_tuner.common.seeding import generator
-from musubi_tuner.config.training import TimestepSampling
+from musubi_tuner.config.timesteps import TimestepSampling
 from musubi_tuner.diffusion.timesteps import SAMPLINGS, NoiseLevelSampler
 
 GRID = (5, 20, 36)  # latent frames, rows, columns: 180 patches of 2 x 2, 720 cells

@@ -9,7 +9,9 @@ import pytest
 from cache_files import one_dataset
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.config.training import DataConfig, OptimizerConfig, TrainNetworkConfig
+from musubi_tuner.config.data import DataConfig
+from musubi_tuner.config.optimizer import OptimizerConfig
+from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.audio_mixing import AudioProbability, AudioQuota
 from musubi_tuner.dataset.items import CachedItem
 from musubi_tuner.dataset.sampling import BatchPlan

@@ -8,7 +8,7 @@ from diffusers.optimization import get_piecewise_constant_schedule
 from transformers import get_scheduler
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.config.training import OptimizerConfig, steps_or_share
+from musubi_tuner.config.optimizer import OptimizerConfig, steps_or_share
 from musubi_tuner.training.lr_plan import make_plan, schedule_settings
 from musubi_tuner.training.lr_schedulers import (
     SCHEDULES,

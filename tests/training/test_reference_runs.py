@@ -228,9 +228,9 @@ def test_a_resumed_run_with_references_validation_and_average_equals_an_unbroken
     text = data.dataset.read_text(encoding="utf-8")
     section = text.partition("[[datasets]]")[2]
     for folder in (data.cache, data.references):
-        section = section.replace(
-            f'"{folder.as_posix()}"', f'"{(data.folder / f"validation {folder.name}").as_posix()}"'
-        )
+        copy = data.folder / f"validation {folder.name}"
+        shutil.copytree(folder, copy)
+        section = section.replace(f'"{folder.as_posix()}"', f'"{copy.as_posix()}"')
     data.dataset.write_text(f"{text}\n[[validation_datasets]]{section}", encoding="utf-8")
     flags = (
         *("--ic_lora_strategy", "v2v", "--reference_downscale", "2", "--num_timestep_buckets", "3"),

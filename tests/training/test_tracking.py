@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.config.training import SaveConfig, TrackingConfig, TrainNetworkConfig
+from musubi_tuner.config.saving import SaveConfig
+from musubi_tuner.config.tracking import TrackingConfig
+from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.training.sample_log import film_strip, read_mono
 from musubi_tuner.training.tracking import plain_settings, tracker_options
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from musubi_tuner.config.training import TrainNetworkConfig, ValidationConfig
+from musubi_tuner.config.tracking import ValidationConfig
+from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.schema import load_dataset_config
 from musubi_tuner.demo.assets import asset_paths

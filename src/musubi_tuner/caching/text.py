@@ -19,9 +19,9 @@ from musubi_tuner.common.progress import progress
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.cache import CacheName, read_text_header, write_text
 from musubi_tuner.dataset.discovery import text_mismatch
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.fingerprint import provenance
 from musubi_tuner.dataset.items import EncoderRecord
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, caption_path, list_items
 
 from .pipeline import (
@@ -145,8 +145,12 @@ def _cache_dataset(
     tally = summary.tally(label, "text")
     due: list[tuple[SourceItem, Output]] = []
     for item in listing.items:
-        output = text_output(entry, item, recipe)
-        reason = outdated(output)
+        try:
+            output = text_output(entry, item, recipe)
+            reason = outdated(output)
+        except OSError as error:  # a caption that is gone by now, a name too long for a cache
+            summary.fail(label, "text", item.path.name, error)
+            continue
         if reason is None and options.skip_existing:
             tally.current += 1
         else:

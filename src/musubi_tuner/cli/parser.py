@@ -68,6 +68,8 @@ class FlagSpec:
             if isinstance(value, bool):
                 return value
             raise ValueError("expected true or false")
+        if isinstance(value, bool) and "true" in (self.choices or ()):
+            value = str(value).lower()  # an unquoted true in a file, where true is one of several words
         if isinstance(value, (bool, dict, list)):
             raise ValueError(f"expected {self._expected()}")
         text = str(value)

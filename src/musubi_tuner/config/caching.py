@@ -46,6 +46,7 @@ class LatentEncodingConfig:
         None, "encode in temporal tiles of this many frames (>= 16, multiple of 8)"
     )
     vae_temporal_tile_overlap: int = flag(24, "overlap of temporal tiles, frames (multiple of 8)")
+    disable_cudnn_backend: bool = flag(False, "convolutions without cuDNN")
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,17 @@ class TextEncodingConfig:
 
 
 @dataclass(frozen=True)
+class PreservationPromptsConfig:
+    """Prompts of preservation (not available yet)."""
+
+    precache_preservation_prompts: bool = flag(False, "also encode the prompts of preservation (not available yet)")
+    blank_preservation: bool = flag(False, "the empty prompt (not available yet)")
+    dop: bool = flag(False, "the prompt of --dop_class_prompt (not available yet)")
+    dop_class_prompt: str = flag("", "class of things whose look is kept (not available yet)")
+    preservation_prompts_cache: Path | None = flag(None, "where these prompts go (not available yet)")
+
+
+@dataclass(frozen=True)
 class CacheTextConfig:
     """``ltx2_cache_text_encoder_outputs.py``"""
 
@@ -163,3 +175,4 @@ class CacheTextConfig:
     gemma: GemmaConfig = GemmaConfig()
     dataset: DatasetRunConfig = DatasetRunConfig()
     text: TextEncodingConfig = TextEncodingConfig()
+    preservation: PreservationPromptsConfig = PreservationPromptsConfig()

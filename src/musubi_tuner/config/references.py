@@ -21,6 +21,9 @@ class ReferenceConfig:
     reference_frames: int = flag(1, "frames of a reference, 8k + 1; as in caching")
     audio_ref_mask_cross_attention_to_reference: bool = flag(False, "the video does not attend to reference sounds")
     audio_ref_mask_reference_from_text_attention: bool = flag(False, "reference sounds do not attend to the text")
+    audio_ref_identity_guidance_scale: float = flag(
+        0.0, "previews: guidance scale of the sound with audio_ref_only_ic; 0 = that of the video"
+    )
 
 
 def resolve_strategy(strategy: str, preset: str) -> ReferenceStrategy:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from .caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig, LatentEncodingConfig
 from .rules_common import dtypes, missing, tiles
+from .unavailable import unavailable
 
 _SHORTEST_REFERENCE = 0.1  # seconds of sound
 
@@ -21,6 +22,7 @@ def required(config: CacheLatentsConfig | CacheTextConfig) -> Iterable[str]:
         if path is None and not (name == "ltx2_checkpoint" and without_checkpoint):
             yield f"--{name} is required"
     yield from missing(needed)
+    yield from unavailable(config)
     yield from _dataset_run(config.dataset)
     yield from _manifest(config.dataset)
 

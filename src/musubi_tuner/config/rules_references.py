@@ -18,6 +18,9 @@ def references(run: TrainNetworkConfig) -> Iterable[str]:
         yield f"--reference_downscale: expected at least 1, got {config.reference_downscale}"
     if config.reference_frames < 1 or config.reference_frames % 8 != 1:
         yield f"--reference_frames: expected 8k + 1 (1, 9, 17, ...), got {config.reference_frames}"
+    if config.audio_ref_identity_guidance_scale < 0:
+        scale = config.audio_ref_identity_guidance_scale
+        yield f"--audio_ref_identity_guidance_scale: expected 0 or more, got {scale:g}"
     strategy = resolve_strategy(config.ic_lora_strategy, preset)
     if mode not in _MODES.get(strategy, (mode,)):
         auto = config.ic_lora_strategy == "auto"

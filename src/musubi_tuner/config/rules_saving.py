@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from .hub import HubConfig, hub_folder
 from .rules_common import missing
-from .training import SaveConfig
+from .saving import SaveConfig
 
 
 def resume_exists(save: SaveConfig, hub: HubConfig) -> Iterable[str]:

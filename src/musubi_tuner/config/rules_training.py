@@ -6,28 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, file_name, folder, missing, samples
+from .rules_memory import attention, compilation, gpu
 from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .rules_references import references
 from .rules_saving import resume_exists, rotation, uploads
 from .training import TrainNetworkConfig
-
-# Flags of the usual commands whose work arrives with the memory features.
-_NOT_YET = {
-    "flash_attn": "use --sdpa",
-    "flash3": "use --sdpa",
-    "blocks_to_swap": "leave it out",
-    "use_pinned_memory_for_block_swap": "leave it out",
-    "fp8_base": "leave it out: the base stays in bf16",
-    "fp8_scaled": "leave it out: the base stays in bf16",
-}
-
-
-def unavailable(config: TrainNetworkConfig) -> Iterable[str]:
-    """One message that names every flag whose feature does not exist yet."""
-    asked = [name for name in _NOT_YET if getattr(config.memory, name)]
-    if asked:
-        advice = "; ".join(f"--{name} ({_NOT_YET[name]})" for name in asked)
-        yield f"not available in this version: {advice}"
+from .unavailable import unavailable
 
 
 def required(config: TrainNetworkConfig) -> Iterable[str]:
@@ -192,9 +176,9 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     wants_samples = preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs
     if wants_samples and preview.sample_prompts is None:
         yield "--sample_at_first and --sample_every_n_* need --sample_prompts"
-    has_text_encoder = gemma.gemma_root or gemma.gemma_safetensors or preview.use_precached_sample_prompts
-    if wants_samples and preview.sample_prompts is not None and not has_text_encoder:
-        yield "--sample_prompts needs --gemma_root, --gemma_safetensors or --use_precached_sample_prompts"
+    yield from attention(config.memory)
+    yield from compilation(config.compilation)
+    yield from gpu(config.cuda)
     yield from dtypes({"vae_dtype": config.precision.vae_dtype})
     yield from samples(config.decode, config.checkpoint.ltx2_mode)
     yield from rotation(config.save)

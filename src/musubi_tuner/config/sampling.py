@@ -43,6 +43,15 @@ class PreviewConfig:
         aliases=["precache_sample_prompts"],
     )
     sample_prompts_cache: Path | None = flag(None, "the encoded prompts; not given: in the first cache_directory")
+    sample_disable_flash_attn: bool = flag(False, "PyTorch attention in previews (which they use in any case)")
+    sample_audio_subprocess: bool = flag(
+        True, "no effect: sound is decoded in the training process, and a failure there does not end the run"
+    )
+    sample_include_reference: bool = flag(False, "show the reference beside the sample (not available yet)")
+    sample_two_stage: bool = flag(False, "render at half size, then enlarge and refine (not available yet)")
+    spatial_upsampler_path: Path | None = flag(None, "the latent upsampler of --sample_two_stage (not available yet)")
+    distilled_lora_path: Path | None = flag(None, "LoRA of its second stage (not available yet)")
+    sample_stage2_steps: int = flag(3, "steps of its second stage (not available yet)")
 
 
 @dataclass(frozen=True)

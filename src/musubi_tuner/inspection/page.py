@@ -8,7 +8,7 @@ from pathlib import Path
 
 from musubi_tuner.common.atomic import write_text
 from musubi_tuner.common.web_page import data_uri, section, web_page
-from musubi_tuner.dataset.schema import DatasetEntry
+from musubi_tuner.dataset.entries import DatasetEntry
 
 from .companions import CompanionView
 from .examine import ClipReport, ItemReport
@@ -167,7 +167,7 @@ def _bucket_table(report: DatasetReport) -> str:
         for row in rows
     )
     headers = _headers("bucket", "frames", "clips", "video tokens", "audio tokens")
-    return f"<table class='buckets'><tr>{headers}</tr>{cells}</table>"
+    return f"<div class='wide'><table class='buckets'><tr>{headers}</tr>{cells}</table></div>"
 
 
 def _file_row(report: ItemReport, anchor: str, *, anchored: bool) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.config.training import OptimizerConfig
+from musubi_tuner.config.optimizer import OptimizerConfig
 
 from .lr_schedulers import ScheduleSettings, check_schedule, lr_factor, resolve_steps
 from .optimizers import import_class, is_schedule_free, parse_key_values, sets_own_rates

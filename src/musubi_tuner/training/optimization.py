@@ -8,7 +8,9 @@ from dataclasses import replace
 import torch
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.config.training import NetworkConfig, OptimizerConfig, TrainNetworkConfig
+from musubi_tuner.config.network import NetworkConfig
+from musubi_tuner.config.optimizer import OptimizerConfig
+from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 from musubi_tuner.networks.param_groups import flag_rates, param_groups
 

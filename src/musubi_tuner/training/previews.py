@@ -10,9 +10,9 @@ import torch
 
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.fingerprint import RepairCommands
 from musubi_tuner.dataset.items import TrainingSet
-from musubi_tuner.dataset.schema import DatasetConfig
 from musubi_tuner.generation.conditions import SampleLatents
 from musubi_tuner.generation.decode import Decoders
 from musubi_tuner.generation.latent_cache import DEFAULT_NAME as LATENTS_NAME
@@ -150,11 +150,19 @@ def prepare_jobs(
         height=preview.height,
         frame_count=preview.sample_num_frames,
         guidance_scale=preview.guidance_scale,
+        audio_cfg_scale=_audio_guidance(config),
     )
     prompts = load_prompts(preview.sample_prompts, defaults)
     latents = _latents(config, checkpoint, datasets, prompts, device)
     encoded = _encoded(config, checkpoint, datasets, prompts, device)
     return [Job(i, p, e, x) for i, (p, e, x) in enumerate(zip(prompts, encoded, latents, strict=True))]
+
+
+def _audio_guidance(config: TrainNetworkConfig) -> float | None:
+    """Guidance scale of the sound where it has its own."""
+    if config.references.ic_lora_strategy != "audio_ref_only_ic":
+        return None
+    return config.references.audio_ref_identity_guidance_scale or None
 
 
 def warn_of_other_connectors(config: TrainNetworkConfig, training_set: TrainingSet, checkpoint: Checkpoint) -> None:

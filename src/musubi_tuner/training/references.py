@@ -11,8 +11,8 @@ from musubi_tuner.conditioning.reference import AudioReferenceRules
 from musubi_tuner.config.references import ReferenceStrategy
 from musubi_tuner.config.rules_references import references as reference_rules
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.items import TrainingSet
-from musubi_tuner.dataset.schema import DatasetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,11 @@ def audio_flags(config: TrainNetworkConfig) -> dict[str, bool]:
 
 def _warn_of_unused_flags(config: TrainNetworkConfig) -> None:
     strategy = config.references.ic_lora_strategy
-    given = [f"--{name}" for name, value in audio_flags(config).items() if value]
+    flags = {
+        **audio_flags(config),
+        "audio_ref_identity_guidance_scale": config.references.audio_ref_identity_guidance_scale,
+    }
+    given = [f"--{name}" for name, value in flags.items() if value]
     if given and strategy != "audio_ref_only_ic":
         logger.warning("%s: no effect on training with --ic_lora_strategy %s", ", ".join(given), strategy)
 

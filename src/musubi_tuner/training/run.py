@@ -10,6 +10,7 @@ from dataclasses import replace
 from accelerate.utils import broadcast_object_list
 
 from musubi_tuner.common.errors import ConfigErrors
+from musubi_tuner.config.notices import without_effect
 from musubi_tuner.config.references import resolve_strategy
 from musubi_tuner.config.rules_training import mode_fits
 from musubi_tuner.config.training import TrainNetworkConfig
@@ -69,7 +70,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     compute = make_compute(config)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     world_size = compute.accelerator.num_processes
-    loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size)
+    loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size, device=compute.device)
     schedule = run_schedule(config, loader, compute.accelerator)
     validation = validation_set(config, datasets, checkpoint) if wants_validation(config, datasets) else None
     _warn_of_defaults(config, explicit, progress)
@@ -177,23 +178,25 @@ def _with_implied(config: TrainNetworkConfig, explicit: frozenset[str]) -> Train
         elif references.ic_lora_strategy == "audio_ref_only_ic":
             logger.info("--ic_lora_strategy audio_ref_only_ic: using the --lora_target_preset of that name")
             network = replace(network, lora_target_preset="audio_ref_only_ic")
+    if wants_previews(config) and not (config.gemma.gemma_root or config.gemma.gemma_safetensors):
+        if not config.preview.use_precached_sample_prompts:
+            logger.info(
+                "previews read the cached prompts; --gemma_root or --gemma_safetensors encodes them at the start"
+            )
+        config = replace(config, preview=replace(config.preview, use_precached_sample_prompts=True))
     strategy = resolve_strategy(references.ic_lora_strategy, network.lora_target_preset)
     return replace(config, network=network, references=replace(references, ic_lora_strategy=strategy))
 
 
 def _warn_of_defaults(config: TrainNetworkConfig, explicit: frozenset[str], progress: Progress) -> None:
+    for notice in without_effect(config, explicit):
+        logger.warning("%s", notice)
+    if not config.memory.sdpa:
+        logger.info("no attention kernel named: using --sdpa")
     if "learning_rate" not in explicit:
         logger.warning("--learning_rate not given: using 2e-6; LoRA runs usually use about 1e-4")
     if "network_alpha" not in explicit:
         logger.warning("--network_alpha not given: using 1, so the LoRA acts with 1/rank of its strength")
-    for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
-        if getattr(config.processes, name):
-            logger.warning("--%s has no effect: gradients are averaged once a step, without DDP", name)
-    if config.timestep.weighting_scheme != "none":
-        logger.warning(
-            "--weighting_scheme %s has no effect: LTX-2 is trained with equal weight at every noise level",
-            config.timestep.weighting_scheme,
-        )
     if not (config.save.convert_to_comfy or config.save.save_original_lora):
         logger.warning("--no_convert_to_comfy and --no_save_original_lora leave no format: the original is kept")
     if config.optimizer.seed not in (None, progress.seed):

@@ -15,6 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.av import AV
+from musubi_tuner.common.cuda import configure_cuda
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.seeding import derive_seed
 from musubi_tuner.config.training import TrainNetworkConfig
@@ -24,6 +25,7 @@ from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.diffusion.balance import BalanceSettings
 from musubi_tuner.diffusion.level_pool import LevelPool
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_logit_mode
+from musubi_tuner.memory.compilation import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.formats import LoraReader
@@ -76,6 +78,12 @@ def make_compute(config: TrainNetworkConfig) -> Compute:
         project_dir=log_folder(config.tracking),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(config))],
     )
+    cuda = config.cuda
+    configure_cuda(
+        allow_tf32=cuda.cuda_allow_tf32,
+        cudnn_benchmark=cuda.cuda_cudnn_benchmark,
+        memory_fraction=cuda.cuda_memory_fraction,
+    )
     return Compute(accelerator, accelerator.device, _DTYPES[precision], precision)
 
 
@@ -125,6 +133,7 @@ def load_model(
         dtype=compute.dtype,
         device=compute.device,
         network=make,
+        compilation=config.compilation.settings,
         gradient_checkpointing=config.memory.gradient_checkpointing,
     )
     if settings.network_weights is not None:
@@ -254,6 +263,8 @@ def check_choices(config: TrainNetworkConfig) -> None:
     """Raise UserError for a wrong launch, optimizer, schedule, tracker, network option or LoRA file, at once."""
     check_launch(os.environ)
     check_trackers(config.tracking)
+    if config.compilation.settings is not None:
+        check_backend(config.compilation.settings)
     check_optimizer(config.optimizer, config.network, network_options(config).get("loraplus_lr_ratio"))
     if config.network.network_weights is not None:
         LoraReader(config.network.network_weights)  # says what is wrong with the file

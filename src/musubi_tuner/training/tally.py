@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from musubi_tuner.common.devices import upload
 from musubi_tuner.diffusion.losses import LossTerm, total
 
 from .distributed import sum_over_processes
@@ -78,7 +79,8 @@ class StepTally:
         both = (self._values, self._counts)
         sums, counts = (torch.stack([self._sum(parts) for parts in of_names.values()]) for of_names in both)
         tokens = torch.tensor([[float(self._num_tokens)], [1.0]])
-        parts = [torch.stack([sums, counts]), torch.stack(self._ranges).sum(dim=0), tokens.to(sums)]
+        ranges = torch.stack(self._ranges).sum(dim=0)
+        parts = [torch.stack([sums, counts]), ranges, upload(tokens, sums.device)]
         rows = sum_over_processes(torch.cat(parts, dim=1)).tolist()
         names = [*self._values, *_RANGES, _TOKENS]
         return StepTotals(*(dict(zip(names, row, strict=True)) for row in rows))

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from musubi_tuner.common.errors import UserError, did_you_mean
 from musubi_tuner.common.tables import format_bytes
 from musubi_tuner.common.text_files import read_toml
-from musubi_tuner.config.training import TrackingConfig, TrainNetworkConfig
+from musubi_tuner.config.tracking import TrackingConfig
+from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.generation.run import Rendered
 
 from .sample_log import LOG_SAMPLE

@@ -1,0 +1,142 @@
+"""Flags of attention, memory, quantisation, compilation and the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .flag import flag
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Attention and memory."""
+
+    sdpa: bool = flag(False, "PyTorch scaled dot-product attention (the default)")
+    flash_attn: bool = flag(False, "FlashAttention 2 (not available yet)")
+    flash3: bool = flag(False, "FlashAttention 3 (not available yet)")
+    xformers: bool = flag(False, "xformers attention (not available yet)")
+    sage_attn: bool = flag(False, "not for training: SageAttention has no backward pass")
+    split_attn_target: Literal["none", "all", "self", "cross", "text_cross", "av_cross", "video", "audio"] | None = (
+        flag(None, "attention that is computed in parts (not available yet)")
+    )
+    split_attn_mode: Literal["batch", "query"] | None = flag(
+        None, "split by sample or by query (not available yet; not given: batch)"
+    )
+    split_attn_chunk_size: int = flag(0, "queries of a part, mode query (not available yet); 0 = 1024")
+    ffn_chunk_target: Literal["none", "all", "video", "audio"] | None = flag(
+        None, "feed-forward layers that are computed in parts (not available yet)"
+    )
+    ffn_chunk_size: int = flag(0, "tokens of a part (not available yet); 0 = off")
+    gradient_checkpointing: bool = flag(False, "recompute block activations in the backward pass")
+    gradient_checkpointing_cpu_offload: bool = flag(
+        False, "keep the inputs of checkpointed blocks on the CPU (not available yet)"
+    )
+    blocks_to_swap: int = flag(0, "transformer blocks kept on the CPU (not available yet)")
+    use_pinned_memory_for_block_swap: bool = flag(False, "pinned memory for block swapping (not available yet)")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """Quantisation of the base weights."""
+
+    fp8_base: bool = flag(False, "base weights in FP8 (not available yet)")
+    fp8_scaled: bool = flag(False, "quantise the base weights to scaled FP8 (not available yet)")
+    nf4_base: bool = flag(False, "base weights in NF4, 4 bit (not available yet)")
+    nf4_block_size: int = flag(32, "weights that share a scale (not available yet)")
+    loftq_init: bool = flag(False, "start the LoRA from the error of the 4-bit weights (not available yet)")
+    loftq_iters: int = flag(2, "rounds of --loftq_init (not available yet)")
+    awq_calibration: bool = flag(False, "scale channels by their activations before quantising (not available yet)")
+    awq_alpha: float = flag(0.25, "strength of that scaling, 0 to 1 (not available yet)")
+    awq_num_batches: int = flag(8, "batches that it measures (not available yet)")
+    quantize_device: Literal["cpu", "cuda"] | None = flag(
+        None, "where weights are quantised (not available yet)", values={"gpu": "cuda"}
+    )
+
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+# As accelerate calls them; lower case is what torch.compile calls them.
+DynamoBackend = Literal[
+    "NO",
+    "EAGER",
+    "AOT_EAGER",
+    "INDUCTOR",
+    "AOT_TS_NVFUSER",
+    "NVPRIMS_NVFUSER",
+    "CUDAGRAPHS",
+    "OFI",
+    "FX2TRT",
+    "ONNXRT",
+    "TENSORRT",
+    "AOT_TORCHXLA_TRACE_ONCE",
+    "TORCHXLA_TRACE_ONCE",
+    "IPEX",
+    "TVM",
+    "HPU_BACKEND",
+]
+_DYNAMO_SHORT_FORMS = {name.lower(): name for name in get_args(DynamoBackend)}
+
+
+_GRAPHS = 64  # of a block; PyTorch's 8 are few for datasets with many sizes
+
+
+@dataclass(frozen=True)
+class CompileSettings:
+    """How blocks are compiled.
+
+    Attributes:
+        dynamic: one graph for all sizes, one for each, or ``None`` for PyTorch's choice.
+        graphs: of a block, before PyTorch gives up and runs it uncompiled.
+    """
+
+    backend: str = "inductor"
+    mode: CompileMode = "default"
+    dynamic: bool | None = None
+    fullgraph: bool = False
+    graphs: int = _GRAPHS
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """Compilation."""
+
+    compile: bool = flag(False, "compile the transformer blocks (torch.compile)")
+    compile_backend: str = flag("inductor", "backend of torch.compile")
+    compile_mode: CompileMode = flag("default", "mode of torch.compile")
+    compile_dynamic: Literal["true", "false", "auto"] | None = flag(
+        None, "one graph for all sizes, one for each, or as torch.compile decides (not given: auto)"
+    )
+    compile_fullgraph: bool = flag(False, "an error where a block does not compile to one graph")
+    compile_cache_size_limit: int | None = flag(
+        None, "graphs of a block, one for each kind of batch, before it runs uncompiled (not given: 64)"
+    )
+    dynamo_backend: DynamoBackend = flag(
+        "NO", "the same as --compile with this backend, by accelerate's name", values=_DYNAMO_SHORT_FORMS
+    )
+    dynamo_mode: Literal["default", "reduce-overhead", "max-autotune"] | None = flag(
+        None, "mode of --dynamo_backend (not given: default)"
+    )
+    dynamo_fullgraph: bool = flag(False, "as --compile_fullgraph, with --dynamo_backend")
+    dynamo_dynamic: bool = flag(False, "as --compile_dynamic true, with --dynamo_backend")
+
+    @property
+    def settings(self) -> CompileSettings | None:
+        """What ``--compile`` or ``--dynamo_backend`` asks for; ``None`` for neither."""
+        if self.compile:
+            dynamic = {"true": True, "false": False}.get(self.compile_dynamic or "auto")
+            limit = _GRAPHS if self.compile_cache_size_limit is None else self.compile_cache_size_limit
+            return CompileSettings(self.compile_backend, self.compile_mode, dynamic, self.compile_fullgraph, limit)
+        if self.dynamo_backend != "NO":
+            mode, dynamic = self.dynamo_mode or "default", self.dynamo_dynamic or None
+            return CompileSettings(self.dynamo_backend.lower(), mode, dynamic, self.dynamo_fullgraph, _GRAPHS)
+        return None
+
+
+@dataclass(frozen=True)
+class CudaConfig:
+    """GPU."""
+
+    cuda_allow_tf32: bool = flag(False, "TF32 for matrix products and convolutions in fp32: faster, less exact")
+    cuda_cudnn_benchmark: bool = flag(False, "let cuDNN time its convolutions and take the fastest")
+    cuda_memory_fraction: float | None = flag(None, "largest share of the GPU's memory that PyTorch may use, 0 to 1")

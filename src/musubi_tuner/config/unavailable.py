@@ -1,0 +1,63 @@
+"""Flags whose feature does not exist yet. They are known, so that a command that uses them gets an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+_BASE = "leave it out: the base weights stay in bf16"
+_PARTS = "leave it out: attention and feed-forward layers are computed whole"
+_SDPA = "use --sdpa"
+_OFF = "leave it out"
+
+NOT_YET: Mapping[str, str] = {
+    "flash_attn": _SDPA,
+    "flash3": _SDPA,
+    "xformers": _SDPA,
+    **dict.fromkeys(("split_attn_target", "split_attn_mode", "split_attn_chunk_size"), _PARTS),
+    **dict.fromkeys(("ffn_chunk_target", "ffn_chunk_size"), _PARTS),
+    "gradient_checkpointing_cpu_offload": "use --gradient_checkpointing",
+    **dict.fromkeys(("blocks_to_swap", "use_pinned_memory_for_block_swap"), _OFF),
+    **dict.fromkeys(("fp8_base", "fp8_scaled", "nf4_base", "nf4_block_size", "quantize_device"), _BASE),
+    **dict.fromkeys(("loftq_init", "loftq_iters"), _OFF),
+    **dict.fromkeys(("awq_calibration", "awq_alpha", "awq_num_batches"), _OFF),
+    "dim_from_weights": "use --network_dim",
+    **dict.fromkeys(("base_weights", "base_weights_multiplier"), _OFF),
+    **dict.fromkeys(("lycoris_config", "init_lokr_norm"), "use --network_module networks.lora_ltx2"),
+    **dict.fromkeys(("video_role", "audio_role", "video_conditions", "audio_conditions"), _OFF),
+    **dict.fromkeys(("blank_preservation", "blank_preservation_args", "dop", "dop_args", "dop_class_prompt"), _OFF),
+    **dict.fromkeys(("prior_divergence", "prior_divergence_args", "audio_dop", "audio_dop_args"), _OFF),
+    **dict.fromkeys(("precache_preservation_prompts", "use_precached_preservation"), _OFF),
+    "preservation_prompts_cache": _OFF,
+    **dict.fromkeys(("crepa", "crepa_args", "self_flow", "self_flow_args"), _OFF),
+    "sample_include_reference": _OFF,
+    **dict.fromkeys(("sample_two_stage", "spatial_upsampler_path", "distilled_lora_path"), _OFF),
+    "sample_stage2_steps": _OFF,
+}
+
+
+# The same for single values of a flag that has others.
+_VALUES = {("network_module", "lycoris.kohya"): "use networks.lora_ltx2"}
+
+
+def unavailable(config: Any) -> Iterable[str]:
+    """One message that names every flag of a script's configuration whose feature does not exist yet."""
+    asked = list(_asked(config))
+    if asked:
+        yield f"not available in this version: {'; '.join(asked)}"
+
+
+def _asked(config: Any) -> Iterator[str]:
+    for name, value, default in _values(config):
+        if name in NOT_YET and value not in (default, "none"):
+            yield f"--{name} ({NOT_YET[name]})"
+        elif isinstance(value, str) and (name, value) in _VALUES:
+            yield f"--{name} {value} ({_VALUES[name, value]})"
+
+
+def _values(config: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value, default) of every flag."""
+    for group_field in fields(config):
+        group = getattr(config, group_field.name)
+        yield from ((f.name, getattr(group, f.name), f.default) for f in fields(group))

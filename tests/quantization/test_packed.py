@@ -28,5 +28,7 @@ def test_error_on_normal_weights(name):
 
 
 def test_what_fits():
-    assert Nf4(64).fits((3, 128)) and not Nf4(64).fits((3, 96))
-    assert Fp8().fits((3, 96)) and not Fp8().fits((96,))
+    assert Nf4(64).fits((3, 128))
+    assert not Nf4(64).fits((3, 96))
+    assert Fp8().fits((3, 96))
+    assert not Fp8().fits((96,))

@@ -36,7 +36,7 @@ _LEAST = 1e-8  # divisor of a block of zeros
 
 
 def quantize_nf4(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """``weight`` [N, K] to codes [N, K / 2] uint8, the first of a pair in the high bits, and absmax [N, K / block] fp32.
+    """``weight`` [N, K] to codes [N, K / 2] uint8, two a byte, the first in the high bits; absmax [N, K / block] fp32.
 
     K must be a multiple of ``block_size``, which must be even.
     """
@@ -96,7 +96,7 @@ _kernel_is_there = False
 
 
 def find_kernel() -> None:
-    """Look for bitsandbytes, so that NF4 on CUDA is dequantised by its kernel from now on. Importing it takes seconds."""
+    """Look for bitsandbytes, whose kernel then dequantises NF4 on CUDA. Importing it takes seconds."""
     global _kernel_is_there
     try:
         import bitsandbytes  # noqa: F401

@@ -9,12 +9,14 @@ from dataclasses import replace
 
 from accelerate.utils import broadcast_object_list
 
+from musubi_tuner.assembly.quantization import quantization_settings
 from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.config.notices import without_effect
 from musubi_tuner.config.references import resolve_strategy
 from musubi_tuner.config.rules_training import mode_fits
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.quantize import check_quantization
 
 from .data import make_loader, read_datasets, validation_set
 from .dry_run import run_dry_run
@@ -63,6 +65,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     check_references(config, datasets)
     resumed = find_resumed(config)
     compute = make_compute(config)
+    quantization = quantization_settings(config.quantization, compute.device)
+    check_quantization(checkpoint, quantization)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     world_size = compute.accelerator.num_processes
     loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size)
@@ -76,7 +80,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         warn_of_other_connectors(config, loader.plan.training_set, checkpoint)
         jobs = prepare_jobs(config, checkpoint, datasets, device=compute.device)
     decoders = make_decoders(config, checkpoint, device=compute.device) if jobs else None
-    transformer, network = load_model(config, checkpoint, compute, progress.seed)
+    transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)
     warn_of_rates(config, optimizer)

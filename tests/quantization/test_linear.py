@@ -120,7 +120,7 @@ def test_compiles_to_one_graph(method):
 
 
 def test_takes_the_place_of_a_layer(method):
-    packed, plain = pair(method)
+    _, plain = pair(method)
     model = nn.Sequential(nn.Sequential(plain))
     x = torch.randn(3, 256)
     expected = plain(x)

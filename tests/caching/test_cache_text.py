@@ -1,5 +1,6 @@
 import errno
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,3 +206,15 @@ def test_a_full_disk_ends_the_run_with_one_message(entry: DatasetEntry, monkeypa
     monkeypatch.setattr("musubi_tuner.caching.text.write_text", full)
     with pytest.raises(UserError, match="make room"):
         _run(entry)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the length of whole paths is what is limited there")
+def test_a_name_too_long_for_a_cache_fails_alone(entry: DatasetEntry) -> None:
+    name = "x" * 250  # with its extension a name may have 255 characters
+    (entry.source / f"{name}.mp4").touch()
+    (entry.source / f"{name}.txt").write_text("caption", encoding="utf-8")
+    for options in (PLAIN, SKIP):
+        summary = _run(entry, options=options)
+        assert _counts(summary)[2] == 1
+        assert len(list(entry.cache_directory.iterdir())) == 3
+        assert summary.finish(allow_failed=False) == 1

@@ -157,3 +157,11 @@ def test_directories_that_cannot_be_written_are_reported_together_before_work(tm
         prepare_directories(DatasetConfig(entries, (), tmp_path / "data.toml"))
     assert [problem.split(".")[0] for problem in error.value.problems] == ["datasets[0]", "datasets[2]"]
     assert list((tmp_path / "good" / "cache").iterdir()) == []
+
+
+def test_a_lora_beside_the_caches_is_no_orphan(tmp_path: Path) -> None:
+    mine, old = tmp_path / "style_ltx2.safetensors", tmp_path / "a_00000-009_0064x0032_ltx2.safetensors"
+    for path in (mine, old):
+        path.touch()
+    assert remove_orphans(tmp_path, [], ("latents", "audio")) == [old.name]
+    assert mine.exists()

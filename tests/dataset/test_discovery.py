@@ -395,3 +395,35 @@ def test_validation_datasets_are_found_alike(source: Path) -> None:
 def test_the_cache_key_covers_values_and_not_their_order() -> None:
     assert cache_key({"a": 1, "b": 2}) == cache_key({"b": 2, "a": 1})
     assert cache_key({"a": 1}) != cache_key({"a": 2}) != cache_key({"a": "2"})
+
+
+@pytest.mark.parametrize("made_last", ["today", "yesterday"])
+def test_a_clip_kept_in_two_sizes_is_trained_once_from_the_source_of_today(source, made_last: str, caplog) -> None:
+    import os
+
+    image = source / "a.png"
+    image.write_bytes(b"as it was")
+    (source / "a.txt").write_text("caption", encoding="utf-8")
+    entry = _entry(source, kind="image", resolution=(64, 32))
+    old, new = ("a_0100x0050_ltx2.safetensors", "a_0200x0100_ltx2.safetensors")
+    item = write_item(entry.cache_directory, "a", grid=(1, 1, 2))
+    for name, content in ((old, b"as it was"), (new, b"another picture")):
+        image.write_bytes(content)
+        made = provenance(image, EncoderRecord("video id"), {"bucket": "64x32"})
+        write_item(entry.cache_directory, "a", grid=(1, 1, 2), metadata={"latents": made})
+        item.latents.rename(entry.cache_directory / name)
+    os.utime(entry.cache_directory / (new if made_last == "today" else old), (2e9, 2e9))
+    with caplog.at_level(logging.WARNING):
+        found = _discover(entry, "video")
+    assert [i.latents.name for i in found.items()] == [new]
+    assert "caches from other settings are ignored: a" in caplog.text
+
+
+def test_a_clip_without_text_does_not_take_that_of_a_source_named_like_it(source: Path) -> None:
+    entry = _entry(source)
+    (source / "a_00000-009.mp4").write_bytes(b"never opened")
+    (source / "a_00000-009.txt").write_text("caption of another", encoding="utf-8")
+    item = _write(entry, "a")
+    item.text.rename(entry.cache_directory / "a_00000-009_ltx2_te.safetensors")
+    _write(entry, "b")
+    assert [i.base for i in _discover(entry).items()] == ["b_00000-009"]

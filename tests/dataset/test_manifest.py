@@ -9,8 +9,10 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import pytest
-from cache_files import WIDTHS, write_item
+import torch
+from cache_files import WIDTHS, write_item, write_item_mask
 
+from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.files import ItemFiles
@@ -150,6 +152,7 @@ def test_what_is_written(folder: Path) -> None:
         "audio_t": 9,
         "latents": "eins_00000-009_0064x0032_ltx2.safetensors",
         "audio": "eins_00000-009_0064x0032_ltx2_audio.safetensors",
+        "mask": None,
         "text": "eins_ltx2_te.safetensors",
     }
     assert section["files"][1]["audio"] is section["files"][1]["audio_t"] is None
@@ -466,3 +469,32 @@ def test_item_files_need_no_sizes(folder: Path) -> None:
     config = load_dataset_manifest(edit(save(folder), strip))
     assert config.datasets[0].files[2] == ItemFiles("三_00000-009_0064x0032_ltx2.safetensors", "三_ltx2_te.safetensors")
     check(config)
+
+
+# --- masks --------------------------------------------------------------------------------------------------
+
+
+def _mask(folder: Path, name: str) -> Path:
+    item = write_item(folder / "cache", f"{name}_00000-009", stem=name)
+    return write_item_mask(item, AV(video=torch.ones(2, 1, 2)))
+
+
+def test_masks_that_the_configuration_does_not_have_are_not_trained_with_its_manifest(folder: Path) -> None:
+    _mask(folder, NAMES[1])
+    items = list(discover(load_dataset_manifest(save(folder)), "video").items())
+    assert [item.mask for item in items] == [None] * 3
+
+
+def test_masks_of_the_configuration_are_listed_and_missed(folder: Path) -> None:
+    masks = [_mask(folder, name) for name in NAMES[:2]]  # the third has none and is left out, as with the configuration
+    (folder / "masks").mkdir()
+    toml = folder / "dataset.toml"
+    toml.write_text(toml.read_text(encoding="utf-8") + 'mask_directory = "masks"\n', encoding="utf-8")
+    expected = [(item.base, item.mask) for item in discover(load_dataset_config(toml), "video").items()]
+    manifest = save(folder)
+    found = discover(load_dataset_manifest(manifest), "video")
+    assert [(item.base, item.mask) for item in found.items()] == expected
+    assert {item.mask for item in found.items()} == {*masks}
+    masks[0].unlink()
+    with pytest.raises(ConfigErrors, match="mask caches that the manifest lists are not in"):
+        check(load_dataset_manifest(manifest), "video")

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import av
 import cv2
 import numpy as np
@@ -206,6 +208,27 @@ def test_enlarging_is_lanczos() -> None:
     pixels = index_frame(0b1011001, (64, 32))
     expected = np.asarray(Image.fromarray(pixels).resize((128, 64), Image.Resampling.LANCZOS))
     np.testing.assert_array_equal(resize_to_bucket(pixels, (128, 64)), expected)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_video_that_holds_its_last_frame_is_not_truncated(tmp_path, suffix) -> None:
+    path = tmp_path / f"held{suffix}"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25, options={"preset": "ultrafast", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
+        packets = []
+        for index in range(10):
+            frame = av.VideoFrame.from_ndarray(index_frame(index), format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 25)
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        for index, packet in enumerate(packets):
+            seconds = Fraction(1, 25) if index < 9 else 3  # a screen recording in which nothing changes any more
+            packet.duration = int(seconds / packet.time_base)
+            out.mux(packet)
+    with open_video(path) as video:
+        assert video.info.duration > 3
+        assert len(list(video.frames())) == 10
 
 
 def test_a_video_that_begins_after_its_sound_is_not_truncated(tmp_path) -> None:

@@ -268,6 +268,7 @@ def test_all_problems_are_reported_together(folder) -> None:
         "datasets[0].batch_size",
         "datasets[1]",
         "datasets[2].cache_directory",
+        "datasets[2].video_jsonl_file",
         "datasets[3].cache_directory",
         "validation_datasets[0].image_directory",
     }
@@ -347,3 +348,46 @@ def test_modes_and_kinds(folder) -> None:
     assert [p.split(":")[0] for p in caught.value.problems] == ["datasets[1]", "datasets[2]"]
     with pytest.raises(ConfigErrors, match=r"datasets\[0\]: an audio dataset cannot be used with --ltx2_mode av"):
         check_mode(mixed, "av")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("target_fps = 1" + "0" * 400, "target_fps: expected a number > 0"),
+        ('cache_directory = "a\\u0000b"', "cache_directory: expected a path without the character 0"),
+        ('caption_extension = " . "', "caption_extension: expected an extension"),
+    ],
+    ids=["integer beyond every float", "character 0", "only a dot"],
+)
+def test_values_that_no_file_should_hold_are_problems_and_no_crash(folder, line: str, problem: str) -> None:
+    (found,) = _problems(folder, _video(line))
+    assert found.startswith(f"datasets[0].{problem}")
+
+
+def test_a_number_of_thousands_of_digits_is_named_with_its_file(folder) -> None:
+    with pytest.raises(UserError, match=r"dataset\.toml: not valid TOML"):
+        _load(folder, _video("target_fps = 1" + "0" * 5000))
+
+
+def test_a_name_that_begins_with_a_tilde_is_no_user(folder) -> None:
+    assert _load(folder, _video('cache_directory = "~nobody here"')).datasets[0].cache_directory.parent == folder
+
+
+def test_without_its_cache_directory_the_rest_of_a_list_is_checked_as_well(folder) -> None:
+    text = """
+        [[datasets]]
+        video_jsonl_file = "gone.jsonl"
+        mask_directory = "gone"
+        [[datasets]]
+        image_jsonl_file = "gone too.jsonl"
+    """
+    problems = "\n".join(_problems(folder, text))
+    for part in (
+        "datasets[0].cache_directory: needed with video_jsonl_file",
+        "datasets[0].video_jsonl_file",
+        "datasets[0].mask_directory",
+        "datasets[1].cache_directory: needed with image_jsonl_file",
+        "datasets[1].image_jsonl_file",
+    ):
+        assert part in problems
+    assert len(problems.splitlines()) == 5

@@ -1,3 +1,6 @@
+import os
+import sys
+
 import pytest
 
 from musubi_tuner.common.errors import ConfigErrors
@@ -52,3 +55,13 @@ def test_files_whose_caches_would_collide_are_an_error(tmp_path) -> None:
 
 def test_a_dataset_of_caches_has_no_items(tmp_path) -> None:
     assert list_items(DatasetEntry("datasets[0]", "video", None, tmp_path, cache_only=True)).items == ()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_utf8_is_left_out_before_any_work(tmp_path) -> None:
+    for name in (b"good", b"K\xf6ln"):
+        (tmp_path / os.fsdecode(name + b".mp4")).write_bytes(b"")
+        (tmp_path / os.fsdecode(name + b".txt")).write_text("caption", encoding="utf-8")
+    listing = list_items(_entry(tmp_path))
+    assert [item.stem for item in listing.items] == ["good"]
+    assert [problem.reason for problem in listing.problems] == ["the name of the file is not UTF-8; rename it"]

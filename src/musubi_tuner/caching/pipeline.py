@@ -221,12 +221,14 @@ def record_extraction(output: Output) -> None:
 def remove_orphans(directory: Path, produced: Collection[CacheName], kinds: Collection[CacheKind]) -> list[str]:
     """Delete cache files of ``kinds`` in ``directory`` whose clip was not produced; returns their names.
 
-    All kinds of a clip are kept or deleted together. Only names of cache files are touched.
+    All kinds of a clip are kept or deleted together. Only names that we give are touched: ``style_ltx2.safetensors``
+    may be somebody's LoRA, since clips have their size in the name.
     """
     clips = {(name.base, name.size) for name in produced}
     removed = []
     for name, path in list_caches(directory).items():
-        if name.kind in kinds and (name.base, name.size) not in clips:
+        ours = name.size is not None or name.kind == "text"
+        if ours and name.kind in kinds and (name.base, name.size) not in clips:
             path.unlink()
             removed.append(path.name)
     return removed

@@ -12,8 +12,10 @@ import torch
 
 from musubi_tuner.common.devices import choose_device
 from musubi_tuner.common.dtypes import parse_dtype
-from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig
+from musubi_tuner.common.errors import ConfigErrors
+from musubi_tuner.config.caching import AudioSourceConfig, CacheLatentsConfig, CacheTextConfig, DatasetRunConfig
 from musubi_tuner.config.model import GemmaConfig, Mode
+from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
 from musubi_tuner.dataset.clips import AudioSource
 from musubi_tuner.dataset.companions import check_companions
 from musubi_tuner.dataset.fingerprint import short_list
@@ -81,6 +83,8 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
     datasets, mode = read_datasets(
         config.dataset, config.checkpoint.ltx2_mode, defaults=config.references.dataset_defaults
     )
+    if mode == "audio":
+        _check_virtual_size(datasets, config.audio)
     check_companions(datasets, mode, strict=config.references.strict_references)
     device = choose_device(config.dataset.device)
     if config.encoding.disable_cudnn_backend:
@@ -110,6 +114,22 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
             datasets, recipe, video_vae=video_vae, audio_vae=audio_vae, options=_options(config.dataset)
         )
     return _finish(config.dataset, datasets, summary, text_is_cached=False)
+
+
+def _check_virtual_size(datasets: DatasetConfig, audio: AudioSourceConfig) -> None:
+    """The virtual video of a sound has the dataset's resolution where no flag gives its side."""
+    if audio.audio_only_sequence_resolution or audio.audio_only_target_resolution:
+        return
+    small = [entry for entry in datasets.entries() if min(entry.resolution) < SPATIAL_STRIDE]
+    if small:
+        raise ConfigErrors(
+            [
+                f"{entry.label}.resolution: expected at least {SPATIAL_STRIDE} per side with "
+                f"--audio_only_sequence_resolution 0, got {list(entry.resolution)}"
+                for entry in small
+            ],
+            f"{datasets.path}: invalid dataset configuration",
+        )
 
 
 def _latent_recipe(

@@ -145,8 +145,12 @@ def _cache_dataset(
     tally = summary.tally(label, "text")
     due: list[tuple[SourceItem, Output]] = []
     for item in listing.items:
-        output = text_output(entry, item, recipe)
-        reason = outdated(output)
+        try:
+            output = text_output(entry, item, recipe)
+            reason = outdated(output)
+        except OSError as error:  # a caption that is gone by now, a name too long for a cache
+            summary.fail(label, "text", item.path.name, error)
+            continue
         if reason is None and options.skip_existing:
             tally.current += 1
         else:

@@ -32,7 +32,7 @@ from .cache import (
     split_clip_base,
 )
 from .companion_caches import SOUND, Companions, CompanionSearch
-from .fingerprint import cached_settings, encoder_record, short_list
+from .fingerprint import cached_settings, encoder_record, short_list, source_stamp
 from .frames import can_start_at
 from .items import MODALITIES, CachedDataset, CachedItem, CacheProblem, MadeBy, Repair, TrainingSet
 from .listed_files import ListedFiles
@@ -119,6 +119,7 @@ class CacheSearch:
         self.names = {n: path for n, path in present.items() if self.listed is None or n in self.listed}
         self.strangers = [n for n in present if n not in self.names and n.kind == "latents"]
         self.companions = CompanionSearch(entry, mode, references, self.names)
+        self._paths: dict[str, Path] = {}  # of the sources, by stem
         self.captions = self._captions()
         self._texts: dict[Path, TextHeader | None] = {}
 
@@ -158,6 +159,7 @@ class CacheSearch:
         listing = list_items(self.entry)
         self.found.sources = len(listing.items) + len(listing.problems)
         self.found.uncaptioned = len(listing.problems)
+        self._paths = {item.stem: item.path for item in listing.items}
         return {item.stem: item.caption for item in listing.items}
 
     def _stem(self, name: CacheName) -> str:
@@ -177,6 +179,8 @@ class CacheSearch:
                 current.append((name, header))
             else:
                 outdated.append((name.base, cause))
+        current, older = self._latest(current)
+        self.found.leftovers += older
         if self.listed is None and self._cut_otherwise([header for _, header in current]):
             self.found.cut_otherwise.append(self._stem(names[0]))
         if current and self.listed is None:
@@ -184,6 +188,31 @@ class CacheSearch:
         else:
             self.found.problems += [CacheProblem(cause, base, "latents") for base, cause in outdated]
         return current
+
+    def _latest(
+        self, current: list[tuple[CacheName, LatentHeader]]
+    ) -> tuple[list[tuple[CacheName, LatentHeader]], list[str]]:
+        """One cache of each clip, and the names of those left out.
+
+        Sizes in names change with the source or the resolution, so an older cache may lie beside that of today: it
+        shows another picture, or the same one twice. Made from the source as it is now wins, then the last made.
+        """
+        by_base: dict[str, list[tuple[CacheName, LatentHeader]]] = defaultdict(list)
+        for name, header in current:
+            by_base[name.base].append((name, header))
+        if len(by_base) == len(current):
+            return current, []
+        kept = {max(same, key=lambda one: self._rank(*one))[0] for same in by_base.values()}
+        return [one for one in current if one[0] in kept], [name.base for name, _ in current if name not in kept]
+
+    def _rank(self, name: CacheName, header: LatentHeader) -> tuple[bool, int]:
+        source = self._paths.get(self._stem(name))
+        try:
+            stamp = source_stamp(source) if source else {}
+        except OSError:
+            stamp = {}
+        of_today = all(header.metadata.get(key) == value for key, value in stamp.items())
+        return of_today, self.names[name].stat().st_mtime_ns
 
     def _cut_otherwise(self, clips: list[LatentHeader]) -> bool:
         """Whether all clips of a source were cut under another rule, which may have given fewer."""
@@ -254,7 +283,10 @@ class CacheSearch:
 
     def find_text(self, stem: str, base: str) -> CacheName | None:
         """The name of the text cache of a clip; ``None`` if there is none."""
-        return next((n for n in (CacheName(stem, "text"), CacheName(base, "text")) if n in self.names), None)
+        options = [CacheName(stem, "text")]
+        if base not in (self.captions or {}):  # else it is the text of a source that is named like this clip
+            options.append(CacheName(base, "text"))
+        return next((name for name in options if name in self.names), None)
 
     def find_audio(self, name: CacheName) -> tuple[Path, AudioHeader] | tuple[None, None]:
         """The sound of a clip; damaged files are noted."""
@@ -278,6 +310,7 @@ class CacheSearch:
         if self.listed is None:
             return
         wanted = {"latents": self.listed.latents, "text": self.listed.texts}
+        wanted["mask"] = self.listed.masks
         if self.mode != "video":
             wanted["audio"] = self.listed.sounds
         for kind, names in wanted.items():

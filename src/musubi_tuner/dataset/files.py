@@ -24,6 +24,7 @@ class ItemFiles:
     latents: str
     text: str
     audio: str | None = None
+    mask: str | None = None
     bucket: tuple[int, int] | None = None  # (width, height) in pixels; None in mode audio
     frames: int | None = None  # in pixel time; None in mode audio
     audio_steps: int | None = None  # latent steps; None without sound

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -39,8 +39,11 @@ def show(value: object) -> str:
 # --- forms --------------------------------------------------------------------------------------------------
 
 
+_LARGEST = 1e300  # an integer of a file may be too large for a float
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def boolean(value: object) -> bool:
@@ -73,9 +76,20 @@ def text(value: object) -> str:
     return value
 
 
+def path(value: object) -> str:
+    """With the user's folder in place of ``~``."""
+    written = text(value)
+    if "\0" in written:
+        raise ValueError("a path without the character 0")
+    return os.path.expanduser(written)  # noqa: PTH111 (pathlib raises where a name only begins with ~)
+
+
 def extension(value: object) -> str:
     """With its leading dot."""
-    return "." + text(value).strip().lstrip(".")
+    name = text(value).strip().lstrip(".")
+    if not name:
+        raise ValueError('an extension such as ".txt"')
+    return f".{name}"
 
 
 def size(value: object) -> tuple[int, int]:
@@ -118,8 +132,8 @@ _SOUNDS: tuple[Kind, ...] = ("video", "audio")
 SOURCES: Mapping[str, Kind] = {f"{kind}_{form}": kind for form in ("directory", "jsonl_file") for kind in KINDS}
 
 KEYS: Mapping[str, Key] = {
-    **{name: Key(text, kinds=(kind,)) for name, kind in SOURCES.items()},
-    "cache_directory": Key(text),
+    **{name: Key(path, kinds=(kind,)) for name, kind in SOURCES.items()},
+    "cache_directory": Key(path),
     "resolution": Key(size, (960, 544)),
     "caption_extension": Key(extension, ".txt"),
     "caption_field": Key(text, "caption"),
@@ -131,15 +145,15 @@ KEYS: Mapping[str, Key] = {
     "video_loss_weight": Key(weight),
     "audio_loss_weight": Key(weight),
     "cache_only": Key(boolean, False),
-    "reference_directory": Key(text, kinds=_PICTURES),
-    "control_directory": Key(text, kinds=_PICTURES),
-    "reference_cache_directory": Key(text),
+    "reference_directory": Key(path, kinds=_PICTURES),
+    "control_directory": Key(path, kinds=_PICTURES),
+    "reference_cache_directory": Key(path),
     "reference_frames": Key(legal_frames, 1, _PICTURES),
     "reference_downscale": Key(count, 1, _PICTURES),
-    "reference_audio_directory": Key(text, kinds=_SOUNDS),
-    "reference_audio_cache_directory": Key(text),
-    "mask_directory": Key(text, kinds=_PICTURES),
-    "audio_mask_directory": Key(text, kinds=_SOUNDS),
+    "reference_audio_directory": Key(path, kinds=_SOUNDS),
+    "reference_audio_cache_directory": Key(path),
+    "mask_directory": Key(path, kinds=_PICTURES),
+    "audio_mask_directory": Key(path, kinds=_SOUNDS),
     "target_frames": Key(frame_counts, (1,), _VIDEO),
     "frame_extraction": Key(one_of(*get_args(Extraction)), "head", _VIDEO),
     "frame_stride": Key(count, 1, _VIDEO),
@@ -188,7 +202,7 @@ IGNORED: Mapping[str, str] = {
 COMMAND_LINE_ONLY = frozenset(
     """
     audio_only_sequence_resolution audio_only_target_fps audio_only_target_resolution
-    audio_video_latent_channels dataset_config debug_dataset debug_mode device gemma_root keep_cache
+    audio_video_latent_channels dataset_config debug_mode device gemma_root keep_cache
     gradient_accumulation_steps learning_rate ltx2_audio_dir ltx2_audio_dtype ltx2_audio_ext ltx2_mode
     ltx2_audio_source ltx2_checkpoint ltx_version max_train_epochs max_train_steps mixed_precision seed
     network_alpha network_dim num_timestep_buckets num_workers output_dir output_name skip_existing

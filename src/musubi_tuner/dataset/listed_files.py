@@ -16,17 +16,19 @@ class ListedFiles:
         self.latents: dict[CacheName, ItemFiles] = {}
         self.texts: dict[CacheName, None] = {}
         self.sounds: dict[CacheName, None] = {}
+        self.masks: dict[CacheName, None] = {}
         for item in files:
             self.latents[_parsed(item.latents)] = item
             self.texts[_parsed(item.text)] = None
             if item.audio is not None:
                 self.sounds[_parsed(item.audio)] = None
+            if item.mask is not None:
+                self.masks[_parsed(item.mask)] = None
 
     def __contains__(self, name: CacheName) -> bool:
-        if name.kind == "text":
-            return name in self.texts
+        listed = {"text": self.texts, "audio": self.sounds, "mask": self.masks}.get(name.kind)
         # Files of other kinds lie beside the latents and are not listed themselves.
-        return name in self.sounds if name.kind == "audio" else name.sibling("latents") in self.latents
+        return name.sibling("latents") in self.latents if listed is None else name in listed
 
     def differ(self, name: CacheName, latents: LatentHeader, audio: AudioHeader | None) -> bool:
         """Whether latents have other sizes than listed; what is not listed does not count."""

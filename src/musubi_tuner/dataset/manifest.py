@@ -8,7 +8,7 @@ A manifest is JSON::
      "datasets": [{"dataset_type": "video", "params": {...}, "left_out": [],
                    "files": [{"base": "clip_00000-049", "bucket": [768, 512], "frames": 49, "audio_t": 50,
                               "latents": "clip_00000-049_0768x0512_ltx2.safetensors",
-                              "audio": "clip_00000-049_0768x0512_ltx2_audio.safetensors",
+                              "audio": "clip_00000-049_0768x0512_ltx2_audio.safetensors", "mask": null,
                               "text": "clip_ltx2_te.safetensors"}]}],
      "validation_datasets": [...]}
 
@@ -99,15 +99,18 @@ def _find_cached(entry: DatasetEntry, *, text_is_cached: bool) -> _Cached:
     files, lacking, due = [], [], set()
     for stem, name, latents in search.current_clips():
         audio_path, audio = search.find_audio(name)
+        companions = search.companions.find(name, latents, audio)
         text = search.find_text(stem, name.base)
         current = text is not None and _is_current(search, text, stem)
-        if (text_is_cached and not current) or (audio is None and entry.kind == "audio"):
+        without_sound = audio is None and entry.kind == "audio"
+        if (text_is_cached and not current) or without_sound or companions is None:
             lacking.append(name.base)
             continue
         text = text or CacheName(stem, "text")
         if not current:
             due.add(text)
-        files.append(_item_files(name, latents, text=text, audio_path=audio_path, audio=audio))
+        item = _item_files(name, latents, text=text, audio_path=audio_path, audio=audio)
+        files.append(replace(item, mask=companions.mask.name if companions.mask else None))
     problems = [problem.name for problem in search.found.problems]
     return _Cached(tuple(files), tuple(dict.fromkeys([*search.found.uncached, *problems, *lacking])), len(due))
 
@@ -165,6 +168,7 @@ def _file_values(item: ItemFiles) -> dict[str, Any]:
         "audio_t": item.audio_steps,
         "latents": item.latents,
         "audio": item.audio,
+        "mask": item.mask,
         "text": item.text,
     }
 
@@ -297,7 +301,7 @@ class _Reader:
         if isinstance(left_out := section.get("left_out"), list) and left_out:
             self.report.warnings.append(f"{label}: was not cached and is left out: {short_list([*map(str, left_out)])}")
         files = section.get("files")
-        return entry if entry is None or files is None else replace(entry, files=self._files(label, files))
+        return entry if files is None else replace(entry, files=self._files(label, files))
 
     def _settings(self, label: str, params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         """The keys of an entry; a default that the command line may replace counts as not given."""
@@ -331,7 +335,7 @@ class _Reader:
         # As it is first: on this system a backslash may be a part of a name.
         for place in self.places:
             for spelling in dict.fromkeys((value, value.replace("\\", "/"))):
-                yield place / Path(spelling).expanduser()
+                yield place / os.path.expanduser(spelling)  # noqa: PTH111 (pathlib raises for ~name)
 
     # --- files
 
@@ -362,6 +366,7 @@ def _parse_files(values: object) -> ItemFiles:
         latents=_cache_name(values, "latents"),
         text=_cache_name(values, "text"),
         audio=_cache_name(values, "audio") if values.get("audio") is not None else None,
+        mask=_cache_name(values, "mask") if values.get("mask") is not None else None,
         bucket=tuple(bucket) if bucket else None,  # type: ignore[arg-type]
         frames=values.get("frames"),
         audio_steps=values.get("audio_t"),

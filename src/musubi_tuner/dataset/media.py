@@ -119,15 +119,16 @@ class Video:
             MediaError: a frame is damaged, or the stream ends before the container says.
         """
         step = 1.0 / (self.info.fps or 25.0)
-        time = 0.0
+        time = shown = 0.0
         with media_errors(self.path):
             for index, frame in enumerate(chain((self._first,), self._decoded)):
                 if frame.is_corrupt:
                     raise MediaError(f"{self.path}: the frame at {time:.2f} s is damaged; repair or remove it")
                 seconds = _seconds(frame)
                 time = index * step if seconds is None else seconds - self.origin
+                shown = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
                 yield time, frame
-        self._check_complete(time + step)
+        self._check_complete(time + max(step, shown))  # screen recordings hold their last frame
 
     def to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """uint8 ``[H, W, 3]`` as shown. High-definition material without a tag is BT.709."""

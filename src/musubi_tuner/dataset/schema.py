@@ -162,9 +162,8 @@ def load_dataset_config(
     general = _general(raw, report)
     sections = {
         section: tuple(
-            entry
+            parse_entry(f"{section}[{index}]", _kind(table), table, fallback, general, file, report)
             for index, table in enumerate(_tables(raw, section, report))
-            if (entry := parse_entry(f"{section}[{index}]", _kind(table), table, fallback, general, file, report))
         )
         for section in ("datasets", "validation_datasets")
     }
@@ -284,8 +283,8 @@ def parse_entry(
     general: Mapping[str, Any],
     file: Path,
     report: Report,
-) -> DatasetEntry | None:
-    """The entry with the keys of ``table``, or ``None`` where too much is wrong; ``report`` takes what is wrong."""
+) -> DatasetEntry:
+    """The entry with the keys of ``table``; ``report`` takes what is wrong, in place of which it has defaults."""
     values = {name: key.default for name, key in KEYS.items() if kind in key.kinds}
     values.update({name: value for layer in (fallback, general) for name, value in layer.items() if name in values})
     for name, value in table.items():
@@ -310,9 +309,9 @@ def parse_entry(
     if kind == "video":
         _settle_extraction(label, values, report)
     values["bucket_no_upscale"] = values["bucket_no_upscale"] and values["enable_bucket"]
-    if not has_cache:
-        return None
     source = _resolve(source_value, file.parent) if source_value else None
+    if not has_cache:  # stands in, so that the rest of the entry is checked as well
+        cache_value = label
     for name in SOURCE_DIRECTORIES:
         if values.get(name) is not None:
             values[name] = _resolve(values[name], file.parent)
@@ -335,7 +334,7 @@ def _kind(table: Mapping[str, Any]) -> Kind:
 
 
 def _resolve(value: str, folder: Path) -> Path:
-    path = Path(value).expanduser()
+    path = Path(value)
     beside = folder / path
     return beside.resolve() if path.is_absolute() or beside.exists() else path.resolve()
 
@@ -346,11 +345,11 @@ def _resolve_cache(value: str | None, folder: Path, source_value: str | None, so
         assert source is not None
         return source
     path = _resolve(value, folder)
-    beside = source_value is not None and (folder / Path(source_value).expanduser()).exists()
+    beside = source_value is not None and (folder / source_value).exists()
     in_working_directory = source is not None and source.exists() and not beside
     if path.exists() or in_working_directory:
         return path
-    return (folder / Path(value).expanduser()).resolve()
+    return (folder / value).resolve()
 
 
 def _check_resolution(label: str, kind: Kind, values: Mapping[str, Any], report: Report) -> None:

@@ -52,7 +52,7 @@ class ItemListing:
 def list_items(entry: DatasetEntry) -> ItemListing:
     """Items of a dataset: of a directory sorted by path, of a JSONL file in its order.
 
-    In a directory an item without a readable caption becomes a problem. Listed media need not exist. A dataset
+    In a directory an item without a readable caption or name becomes a problem. Listed media need not exist. A dataset
     that is read from its caches only has no items.
 
     Raises:
@@ -75,7 +75,7 @@ def list_items(entry: DatasetEntry) -> ItemListing:
     items: list[SourceItem] = []
     problems: list[Problem] = []
     for path in paths:
-        caption = read_caption(path, entry.caption_extension)
+        caption = _name_problem(path) or read_caption(path, entry.caption_extension)
         if isinstance(caption, Problem):
             problems.append(caption)
         else:
@@ -125,6 +125,15 @@ def _listed_items(file: Path, entry: DatasetEntry) -> Iterator[SourceItem]:
             reference_audio=media.reference_audio,
             place=media.place,
         )
+
+
+def _name_problem(path: Path) -> Problem | None:
+    """Metadata of caches, lists and manifests are UTF-8, names of files need not be."""
+    try:
+        path.name.encode("utf-8")
+    except UnicodeEncodeError:
+        return Problem(path, "the name of the file is not UTF-8; rename it")
+    return None
 
 
 def caption_path(media: Path, extension: str) -> Path:

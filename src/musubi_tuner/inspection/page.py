@@ -167,7 +167,7 @@ def _bucket_table(report: DatasetReport) -> str:
         for row in rows
     )
     headers = _headers("bucket", "frames", "clips", "video tokens", "audio tokens")
-    return f"<table class='buckets'><tr>{headers}</tr>{cells}</table>"
+    return f"<div class='wide'><table class='buckets'><tr>{headers}</tr>{cells}</table></div>"
 
 
 def _file_row(report: ItemReport, anchor: str, *, anchored: bool) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -107,11 +108,14 @@ def measure(name: str, path: Path, limit_gb: float | None) -> dict[str, float]:
 
 def report(path: Path, limit_gb: float | None) -> None:
     size, rows = path.stat().st_size, []
+    with path.open("rb+", buffering=0) as file:
+        os.fsync(file.fileno())  # or the first one measured shares the disk with the writing
     for name in REQUESTS:
         command = [sys.executable, __file__, "--one", name, "--file", str(path)]
         command += [] if limit_gb is None else ["--limit_gb", str(limit_gb)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
         run = json.loads(done.stdout)
+        print(name, run, file=sys.stderr)
         rows.append(
             [
                 name,

@@ -36,9 +36,9 @@ import numpy as np
 from musubi_tuner.caching.pipeline import Failed, read_ahead
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.dataset.clips import iter_clips
+from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.frame_store import BlockPool
 from musubi_tuner.dataset.resize import resize_to_bucket
-from musubi_tuner.dataset.schema import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm")

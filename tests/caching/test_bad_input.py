@@ -22,8 +22,8 @@ from musubi_tuner.caching.latents import RunOptions, cache_latents
 from musubi_tuner.caching.text import TextRecipe, cache_text
 from musubi_tuner.dataset.clips import AudioSource
 from musubi_tuner.dataset.discovery import discover
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 from musubi_tuner.ltx2_cache_latents import main as latents_script
 from musubi_tuner.ltx2_cache_text_encoder_outputs import main as text_script
 

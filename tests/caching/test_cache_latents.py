@@ -17,8 +17,8 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.dataset.cache import read_audio, read_latents, read_virtual_grid
 from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 
 VIDEO_VAE, AUDIO_VAE = EncoderRecord("video id"), EncoderRecord("audio id")
 RECIPE = LatentRecipe("av", VIDEO_VAE, AUDIO_VAE, torch.float32, torch.float32, placeholder_channels=CHANNELS)

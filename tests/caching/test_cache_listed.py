@@ -18,8 +18,8 @@ from musubi_tuner.caching.pipeline import RunOptions
 from musubi_tuner.caching.text import TextRecipe, cache_text
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.dataset.discovery import discover
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 
 RECIPE = LatentRecipe(
     "av",

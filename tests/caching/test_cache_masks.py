@@ -17,10 +17,10 @@ from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.dataset.cache import read_mask_header, write_audio, write_mask
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.intervals import interval_mask, read_intervals
 from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.masks import pool_cells, pool_frames
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 
 RECIPE = LatentRecipe(
     "av",

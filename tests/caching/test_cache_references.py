@@ -17,9 +17,9 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.dataset.buckets import audio_latent_length
 from musubi_tuner.dataset.cache import read_audio, read_latents
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.references import read_reference
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 
 VIDEO_VAE, AUDIO_VAE = EncoderRecord("video id"), EncoderRecord("audio id")
 RECIPE = LatentRecipe("video", VIDEO_VAE, None, torch.float32, torch.float32, placeholder_channels=CHANNELS)

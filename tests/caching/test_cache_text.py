@@ -18,8 +18,8 @@ from musubi_tuner.caching.text import (
 )
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 from musubi_tuner.generation.prompt_cache import load_prompt_cache
 from musubi_tuner.generation.prompts import SamplePrompt
 

@@ -19,7 +19,7 @@ from musubi_tuner.caching.pipeline import (
 )
 from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.dataset.cache import CacheName, list_caches, write_latents
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 
 
 def _collect(items, work, **options):

@@ -5,9 +5,11 @@ import torch
 
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.seeding import generator
+from musubi_tuner.conditioning import intrinsic
 from musubi_tuner.conditioning.intrinsic import (
     apply_keep,
     condition_first_frame,
+    condition_masks,
     draw_gates,
     first_frame_keep,
     mask_keep,
@@ -123,6 +125,27 @@ def test_soft_masks_scale_the_level_and_compose_by_product():
     torch.testing.assert_close(twice.t, torch.full((4, N), 0.45))
     assert mask_keep(mask, threshold=0.5).max() == 0
     assert mask_keep(mask, threshold=0.2).min() == 1
+
+
+@pytest.mark.parametrize(("marked", "told"), [(24, True), (23, False)])
+def test_a_mask_over_the_whole_clip_is_told(monkeypatch: pytest.MonkeyPatch, marked: int, told: bool):
+    messages: list[str] = []
+    monkeypatch.setattr(intrinsic, "warn_once", lambda logger, key, text, *values: messages.append(text % values))
+    mask = torch.zeros(4, N)
+    mask[1, :marked] = 1.0
+    masked = condition_masks(AV(video=tokens()), AV(video=mask.reshape(4, *GRID))).video
+    assert masked.weight.sum(dim=1).tolist() == [N, N - marked, N, N]
+    assert bool(messages) == told
+
+
+@pytest.mark.parametrize(("lengths", "told"), [([5, 3], True), ([5, 4], False), ([5, 0], False)])
+def test_a_mask_over_a_shorter_sound_is_told(monkeypatch: pytest.MonkeyPatch, lengths: list[int], told: bool):
+    messages: list[str] = []
+    monkeypatch.setattr(intrinsic, "warn_once", lambda logger, key, text, *values: messages.append(text % values))
+    mask = torch.zeros(2, 5)
+    mask[1, :3] = 1.0
+    condition_masks(AV(audio=tokens(2, (5, 1, 1))), AV(audio=mask), torch.tensor(lengths))
+    assert bool(messages) == told
 
 
 def test_blending_clean_values_is_the_flow_point_at_a_lower_level():

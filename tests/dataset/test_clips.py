@@ -9,9 +9,9 @@ from PIL import Image
 
 from musubi_tuner.dataset.audio import AudioTrack
 from musubi_tuner.dataset.clips import AudioSource, iter_clips, plan_item, prepare_clips
+from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.media import MediaError
-from musubi_tuner.dataset.schema import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem
 
 

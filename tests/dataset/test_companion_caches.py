@@ -16,10 +16,10 @@ from musubi_tuner.dataset.buckets import reference_scale
 from musubi_tuner.dataset.cache import read_mask, read_mask_header, write_mask
 from musubi_tuner.dataset.collate import collate, load_batch, load_item
 from musubi_tuner.dataset.discovery import discover
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, check_caches, provenance
 from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 
 GRID = (2, 4, 2)  # 9 frames of 64x128
 COMMANDS = RepairCommands(Path("data.toml"), Path("ltx2.safetensors"), "video", latents=("--reference_downscale", "2"))

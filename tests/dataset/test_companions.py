@@ -6,8 +6,9 @@ import pytest
 from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.dataset import companions as module
 from musubi_tuner.dataset.companions import check_companions, find_companions, reference_frames
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.jsonl import read_media_list
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry, load_dataset_config
+from musubi_tuner.dataset.schema import load_dataset_config
 from musubi_tuner.dataset.sources import SourceItem, list_items
 
 

@@ -10,9 +10,9 @@ from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.common.safetensors_io import save_safetensors
 from musubi_tuner.dataset.discovery import discover
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, cache_key, check_caches, provenance
 from musubi_tuner.dataset.items import EncoderRecord
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 
 ENCODERS = EncoderIds("video id", "audio id", "text id")
 COMMANDS = RepairCommands(Path("my data.toml"), Path("ltx2.safetensors"), "av", ("--gemma_root", "gemma"))

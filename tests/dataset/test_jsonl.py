@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from musubi_tuner.common.errors import ConfigErrors, UserError
+from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.jsonl import read_media_list
-from musubi_tuner.dataset.schema import DatasetEntry, load_dataset_config
+from musubi_tuner.dataset.schema import load_dataset_config
 from musubi_tuner.dataset.sources import list_items
 
 

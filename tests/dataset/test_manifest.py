@@ -15,11 +15,12 @@ from cache_files import WIDTHS, write_item, write_item_mask
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.dataset.discovery import discover
+from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.files import ItemFiles
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, check_caches, provenance
 from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.manifest import _portable, load_dataset_manifest, save_dataset_manifest
-from musubi_tuner.dataset.schema import DatasetConfig, load_dataset_config
+from musubi_tuner.dataset.schema import load_dataset_config
 
 NAMES = ("eins", "zwei é", "三")
 KIND_KEYS = {

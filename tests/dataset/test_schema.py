@@ -4,7 +4,8 @@ import logging
 import pytest
 
 from musubi_tuner.common.errors import ConfigErrors, UserError
-from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
+from musubi_tuner.dataset.entries import DatasetConfig
+from musubi_tuner.dataset.schema import check_mode, load_dataset_config
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from musubi_tuner.common.errors import ConfigErrors
-from musubi_tuner.dataset.schema import DatasetEntry
+from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.sources import list_items, summarize_problems
 
 

@@ -7,7 +7,7 @@ import pytest
 from media_files import index_frame, read_index, tone, write_sound, write_video
 
 from musubi_tuner.dataset.clips import AudioSource, iter_clips
-from musubi_tuner.dataset.schema import DatasetEntry
+from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem
 from musubi_tuner.inspection.duplicates import find_duplicates
 from musubi_tuner.inspection.examine import CLIPS_SHOWN, ItemReport, examine

@@ -26,11 +26,11 @@ from musubi_tuner.dataset.cache import (
     write_mask,
 )
 from musubi_tuner.dataset.companions import CompanionListing, Companions, Role
+from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.files import media_kind
 from musubi_tuner.dataset.fingerprint import provenance, source_stamp
 from musubi_tuner.dataset.masks import read_audio_masks, read_masks
 from musubi_tuner.dataset.references import read_reference, read_reference_sound, reference_shape
-from musubi_tuner.dataset.schema import DatasetEntry
 
 from .encoders import Encoders
 from .latent_outputs import Target

@@ -11,8 +11,8 @@ from typing import Any
 from musubi_tuner.common.progress import progress
 from musubi_tuner.dataset.cache import CacheKind, CacheName
 from musubi_tuner.dataset.companions import CompanionListing, Companions, missing_lines
+from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.files import media_kind
-from musubi_tuner.dataset.schema import DatasetEntry
 
 from .companion_outputs import Work, companion_work
 from .encoders import Encoders, explained

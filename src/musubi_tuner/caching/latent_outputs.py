@@ -27,10 +27,10 @@ from musubi_tuner.dataset.cache import (
     read_virtual_grid,
 )
 from musubi_tuner.dataset.clips import AudioSource, base_name
+from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.fingerprint import provenance
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.items import EncoderRecord
-from musubi_tuner.dataset.schema import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem
 
 from .pipeline import Output

@@ -19,8 +19,8 @@ from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.dataset.cache import EXTRACTION_KEY, CacheKind, CacheName, list_caches
 from musubi_tuner.dataset.companion_rules import CACHE_DIRECTORIES
+from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.fingerprint import stale_reason
-from musubi_tuner.dataset.schema import DatasetConfig
 from musubi_tuner.dataset.sources import Problem, summarize_problems
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,11 @@ from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
 from musubi_tuner.dataset.clips import AudioSource
 from musubi_tuner.dataset.companions import check_companions
+from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.fingerprint import short_list
 from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.manifest import save_dataset_manifest
-from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
+from musubi_tuner.dataset.schema import check_mode, load_dataset_config
 from musubi_tuner.dataset.sources import require_captions, stray_captions
 from musubi_tuner.models.checkpoint import Checkpoint
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .errors import UserError
 
@@ -24,6 +26,20 @@ def choose_device(name: str | None) -> torch.device:
         usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise UserError(f"--device {name}: PyTorch cannot use it here; it has {', '.join(usable)}") from None
     return device
+
+
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """``tensor`` on ``device``, without the host waiting for the device.
+
+    A plain copy to a GPU waits until all that was queued before is done. Convert the dtype afterwards: a copy that
+    converts goes through ordinary memory of the host, where page-locked memory is of no use.
+    """
+    return tensor.to(device, non_blocking=True)
+
+
+def staging(shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """An uninitialised fp32 tensor on the CPU to be filled and uploaded: page-locked where ``device`` is a GPU."""
+    return torch.empty(tuple(shape), pin_memory=torch.device(device).type == "cuda")
 
 
 def peak_memory(device: torch.device) -> int:

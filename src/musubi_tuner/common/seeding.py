@@ -18,6 +18,16 @@ def derive_seed(*keys: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed what dropout draws from: PyTorch's generators of the CPU and of ``device``.
+
+    As ``torch.manual_seed``, which besides takes down a stack trace for each kind of device that is not in use.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+
+
 def generator(*keys: object) -> torch.Generator:
     """A private CPU generator for the given keys."""
     return torch.Generator(device="cpu").manual_seed(derive_seed(*keys))

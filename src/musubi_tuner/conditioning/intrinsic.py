@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 from musubi_tuner.common.av import AV, Modality
+from musubi_tuner.common.devices import upload
 from musubi_tuner.common.log import warn_once
 from musubi_tuner.diffusion.tokens import VIDEO_SPACE_STRIDE, NoisedTokens
 
@@ -76,7 +77,7 @@ def apply_keep(tokens: NoisedTokens, keep: Tensor, gates: Tensor) -> NoisedToken
     gated = keep.expand(len(gates), -1) * gates[:, None]
     full = torch.zeros(tokens.weight.shape)
     full[:, tokens.target] = gated
-    return tokens.freeze(full.to(tokens.t.device))
+    return tokens.freeze(upload(full, tokens.t.device))
 
 
 def condition_first_frame(
@@ -92,10 +93,16 @@ def condition_first_frame(
     return replace(tokens, video=apply_keep(video, first_frame_keep(video.grid), draw_gates(probability, generators)))
 
 
-def condition_masks(tokens: AV[NoisedTokens], masks: AV[Tensor]) -> AV[NoisedTokens]:
+def condition_masks(
+    tokens: AV[NoisedTokens], masks: AV[Tensor], audio_lengths: Tensor | None = None
+) -> AV[NoisedTokens]:
     """Keep clean what each sample's mask marks ([B, F, H, W] and [B, T], 1 = stays clean): inpainting.
 
     A sample whose mask covers it trains nothing, for it may stand beside others that have something to learn.
+
+    Args:
+        masks: on the CPU, as ``Batch.masks``.
+        audio_lengths: [B] valid steps of the sounds, on the CPU; ``None`` = all.
     """
 
     def one(name: Modality, target: NoisedTokens) -> NoisedTokens:
@@ -105,9 +112,16 @@ def condition_masks(tokens: AV[NoisedTokens], masks: AV[Tensor]) -> AV[NoisedTok
         keep = mask_keep(mask)
         # Silence in place of missing sound may be longer than the sounds that the masks were padded to.
         keep = pad(keep, (0, target.target.stop - target.target.start - keep.shape[1]))
-        masked = apply_keep(target, keep, torch.ones(mask.shape[0], dtype=torch.bool))
-        if bool(((masked.weight.sum(dim=1) == 0) & (target.weight.sum(dim=1) > 0)).any()):
+        if _some_covered(keep, audio_lengths if name == "audio" else None):
             warn_once(logger, f"masked {name}", "the %s of some item is masked as a whole: it trains nothing", name)
-        return masked
+        return apply_keep(target, keep, torch.ones(mask.shape[0], dtype=torch.bool))
 
     return tokens.map_named(one)
+
+
+def _some_covered(keep: Tensor, lengths: Tensor | None) -> bool:
+    """Whether a row of ``keep`` [B, N] leaves nothing of its first ``lengths`` tokens; asked of the CPU."""
+    steps = keep.shape[1]
+    ends = torch.full((len(keep),), steps) if lengths is None else lengths
+    padding = torch.arange(steps) >= ends[:, None]
+    return bool((((keep > 0) | padding).all(dim=1) & (ends > 0)).any())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.common.av import AV
+from musubi_tuner.common.devices import upload
 from musubi_tuner.dataset.batch import AudioLatents, VideoLatents
 from musubi_tuner.dataset.buckets import reference_scale
 from musubi_tuner.diffusion.tokens import (
@@ -47,8 +48,8 @@ def prepend_references(
 def _prepend_video(target: NoisedTokens, reference: VideoLatents) -> NoisedTokens:
     grid = tuple(reference.latents.shape[2:])
     device = target.clean.device
-    clean = patchify_video(reference.latents.to(device, torch.float32))
-    coords = reference_video_coords(grid, target.grid, reference.fps.to(device))  # type: ignore[arg-type]
+    clean = patchify_video(upload(reference.latents, device).to(torch.float32))
+    coords = reference_video_coords(grid, target.grid, upload(reference.fps, device))  # type: ignore[arg-type]
     return target.prepend(clean, coords)
 
 
@@ -61,19 +62,19 @@ def reference_video_coords(grid: tuple[int, int, int], target: tuple[int, int, i
     scale = reference_scale(target, grid)
     if scale is None:
         raise ValueError(f"latent sizes {target[1:]} of the target and {grid[1:]} of the reference have no whole ratio")
-    factors = torch.tensor([1.0, scale, scale], device=fps.device)  # seconds, rows, columns
+    factors = upload(torch.tensor([1.0, scale, scale]), fps.device)  # seconds, rows, columns
     return video_coords(grid, fps) * factors[None, :, None, None]
 
 
 def _prepend_audio(target: NoisedTokens, reference: AudioLatents, rules: AudioReferenceRules) -> NoisedTokens:
     device = target.clean.device
-    clean = patchify_audio(reference.latents.to(device, torch.float32))
-    lengths = reference.lengths.to(device)
-    valid = torch.arange(clean.shape[1], device=device) < lengths[:, None]  # [B, T]
+    clean = patchify_audio(upload(reference.latents, device).to(torch.float32))
+    coords = reference_audio_coords(clean.shape[1], reference.lengths, negative=rules.negative_positions)
+    valid = torch.arange(clean.shape[1]) < reference.lengths[:, None]  # [B, T]
     return target.prepend(
         clean,
-        reference_audio_coords(clean.shape[1], lengths, negative=rules.negative_positions),
-        valid=None if bool(valid.all()) else valid,
+        upload(coords, device),
+        valid=None if bool(valid.all()) else upload(valid, device),
         reads_text=not rules.hidden_from_text,
         seen_by_other=not rules.hidden_from_video,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from musubi_tuner.common.devices import upload
 from musubi_tuner.dataset.batch import AudioLatents, Batch
 from musubi_tuner.diffusion.losses import AUDIO_TERM, SILENCE_TERM, LossTerm
 from musubi_tuner.diffusion.tokens import AUDIO_LATENTS_PER_SECOND, VIDEO_TIME_STRIDE
@@ -55,7 +56,7 @@ def part_silence(terms: Mapping[str, LossTerm], silent: Tensor | None, factor: f
     if silent is None or audio is None:
         return terms
     share = float(silent.to(torch.float64).mean())
-    on_device = silent.to(audio.value.device)
+    on_device = upload(silent, audio.value.device)
     parts = dict(terms)
     parts[AUDIO_TERM] = replace(audio, valid=_both(audio.valid, ~on_device), share=1 - share)
     parts[SILENCE_TERM] = replace(audio, valid=_both(audio.valid, on_device), share=share, weight=audio.weight * factor)

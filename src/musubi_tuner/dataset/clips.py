@@ -18,6 +18,7 @@ import numpy as np
 from .audio import AudioTrack, NoAudio, cut_clip, probe_audio, to_16k
 from .buckets import AUDIO_RATE, IMAGE_FPS, SHORTEST_SOUND, Size
 from .cache import clip_base
+from .entries import DatasetEntry
 from .frame_store import BlockPool, FrameStore, join
 from .frames import (
     ClipWindow,
@@ -41,7 +42,6 @@ from .media import (
     read_image,
 )
 from .resize import resize_to_bucket
-from .schema import DatasetEntry
 from .sources import SourceItem
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from .cache import (
     read_latent_header,
     read_mask_header,
 )
+from .entries import DatasetEntry
 from .items import MODALITIES, CacheProblem
-from .schema import DatasetEntry
 
 Header = TypeVar("Header")
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .jsonl import ListedMedia
-    from .schema import DatasetConfig, DatasetEntry
+from .entries import DatasetConfig, DatasetEntry
+from .jsonl import ListedMedia
 
 SOURCE_DIRECTORIES = (
     "reference_directory",

@@ -17,8 +17,8 @@ from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.config.model import Mode
 
 from .buckets import TEMPORAL_STRIDE
+from .entries import DatasetConfig, DatasetEntry
 from .files import EXTENSIONS, media_kind
-from .schema import DatasetConfig, DatasetEntry
 from .sources import SourceItem, caption_path, list_items
 
 Role = Literal["reference", "reference audio", "mask", "audio mask"]

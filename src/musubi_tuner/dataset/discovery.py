@@ -32,11 +32,11 @@ from .cache import (
     split_clip_base,
 )
 from .companion_caches import SOUND, Companions, CompanionSearch
+from .entries import DatasetConfig, DatasetEntry
 from .fingerprint import cached_settings, encoder_record, short_list, source_stamp
 from .frames import can_start_at
 from .items import MODALITIES, CachedDataset, CachedItem, CacheProblem, MadeBy, Repair, TrainingSet
 from .listed_files import ListedFiles
-from .schema import DatasetConfig, DatasetEntry
 from .sources import list_items
 
 logger = logging.getLogger(__name__)

@@ -37,10 +37,11 @@ from .buckets import pixel_frames, pixel_size
 from .cache import AudioHeader, CacheKind, CacheName, LatentHeader, read_text_header
 from .companion_rules import CACHE_DIRECTORIES, SOURCE_DIRECTORIES, cache_directory_problems
 from .discovery import CacheSearch, text_mismatch
+from .entries import DatasetConfig, DatasetEntry
 from .files import ItemFiles
 from .fingerprint import short_list
 from .keys import COMMAND_LINE_DEFAULTS, KEYS, KINDS, SOURCES, show
-from .schema import MANIFEST_FORMAT, DatasetConfig, DatasetEntry, Report, command_line_values, parse_entry
+from .schema import MANIFEST_FORMAT, Report, command_line_values, parse_entry
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ import numpy as np
 from .buckets import AUDIO_RATE, TEMPORAL_STRIDE, Size
 from .clips import frame_rate, open_frames, read_sound
 from .companions import reference_frames
+from .entries import DatasetEntry
 from .files import media_kind
 from .frames import sample_frames
 from .media import MediaError, read_image
 from .resize import resize_to_bucket
-from .schema import DatasetEntry
 
 
 def reference_shape(entry: DatasetEntry, references: Sequence[Path], bucket: Size) -> tuple[int, Size]:

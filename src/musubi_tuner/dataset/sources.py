@@ -9,9 +9,9 @@ from pathlib import Path
 
 from musubi_tuner.common.errors import ConfigErrors, UserError
 
+from .entries import DatasetConfig, DatasetEntry
 from .files import Kind, duplicate_stems, media_kind, scan_directory
 from .jsonl import read_media_list
-from .schema import DatasetConfig, DatasetEntry
 
 _MOST_NAMED = 20
 

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from musubi_tuner.common.av import AV, Modality
+from musubi_tuner.common.devices import staging, upload
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.seeding import generator
 from musubi_tuner.dataset.batch import AudioLatents, Batch, SampleKey, VideoLatents
@@ -111,16 +112,17 @@ def _noised_video(
     channels, *grid = video.latents.shape[1:]
     frames, height, width = grid
     num_tokens = frames * height * width
-    # [B, N, C]
-    noise = torch.stack([torch.randn(num_tokens, channels, generator=g) for g in generators])
-    clean = patchify_video(video.latents.to(device, torch.float32))
-    sigma = sigma.to(device)
+    noise = staging((len(generators), num_tokens, channels), device)  # [B, N, C]
+    for row, g in zip(noise, generators, strict=True):
+        row.normal_(generator=g)
+    clean = patchify_video(upload(video.latents, device).to(torch.float32))
+    sigma = upload(sigma, device)
     return NoisedTokens(
         clean=clean,
-        noise=noise.to(device),
+        noise=upload(noise, device),
         t=sigma[:, None],
         sigma=sigma,
-        coords=video_coords((frames, height, width), video.fps.to(device)),
+        coords=video_coords((frames, height, width), upload(video.fps, device)),
         weight=torch.ones(clean.shape[:2], device=device),
         grid=(frames, height, width),
         target=slice(0, num_tokens),
@@ -130,23 +132,23 @@ def _noised_video(
 def _noised_audio(
     audio: AudioLatents, sigma: Tensor, generators: Sequence[Generator], device: torch.device | str
 ) -> NoisedTokens:
-    clean = patchify_audio(audio.latents.to(torch.float32))
-    batch, steps, channels = clean.shape
-    noise = torch.zeros_like(clean)
+    clean = patchify_audio(upload(audio.latents, device).to(torch.float32))
+    batch, steps, _ = clean.shape
+    noise = staging(clean.shape, device).zero_()
     # Only the sample's own length is drawn: what follows must not depend on how far the batch is padded.
     for row, length, g in zip(noise, audio.lengths.tolist(), generators, strict=True):
-        row[:length] = torch.randn(length, channels, generator=g)
+        row[:length].normal_(generator=g)
     supervised = torch.arange(steps) < audio.lengths[:, None]  # [B, T]
     valid = supervised | (audio.lengths == 0)[:, None]
-    sigma = sigma.to(device)
+    sigma = upload(sigma, device)
     return NoisedTokens(
-        clean=clean.to(device),
-        noise=noise.to(device),
+        clean=clean,
+        noise=upload(noise, device),
         t=sigma[:, None],
         sigma=sigma,
         coords=audio_coords(steps, batch, device),
-        weight=supervised.to(device, torch.float32),
+        weight=upload(supervised, device).to(torch.float32),
         grid=(steps, 1, 1),
         target=slice(0, steps),
-        valid=None if bool(valid.all()) else valid.to(device),
+        valid=None if bool(valid.all()) else upload(valid, device),
     )

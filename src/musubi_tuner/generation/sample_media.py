@@ -13,10 +13,10 @@ from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.dataset.audio import AudioTrack, NoAudio, to_16k
 from musubi_tuner.dataset.buckets import AUDIO_RATE, SHORTEST_SOUND, Size
 from musubi_tuner.dataset.clips import iter_clips
+from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.files import media_kind
 from musubi_tuner.dataset.media import read_image
 from musubi_tuner.dataset.resize import resize_to_bucket
-from musubi_tuner.dataset.schema import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem
 
 from .conditions import Condition, conditions_of, named_prompt

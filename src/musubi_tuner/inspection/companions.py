@@ -23,10 +23,10 @@ from musubi_tuner.dataset.companions import (
     part,
     wanted_roles,
 )
+from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.intervals import read_intervals
 from musubi_tuner.dataset.masks import read_masks
 from musubi_tuner.dataset.references import read_reference, read_reference_sound, reference_shape
-from musubi_tuner.dataset.schema import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem
 
 from .findings import Finding

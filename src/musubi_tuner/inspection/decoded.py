@@ -19,7 +19,7 @@ from musubi_tuner.dataset.cache import (
     read_virtual_grid,
     split_clip_base,
 )
-from musubi_tuner.dataset.schema import DatasetEntry
+from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.generation.decode import Decoders, Sound
 from musubi_tuner.generation.write import write_mp4, write_png, write_wav
 from musubi_tuner.models.checkpoint import Checkpoint

@@ -31,10 +31,10 @@ from musubi_tuner.dataset.clips import (
     plan_item,
     require_files,
 )
+from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.media import MediaError
 from musubi_tuner.dataset.references import reference_shape
-from musubi_tuner.dataset.schema import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
 from musubi_tuner.models.checkpoint import Checkpoint
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from musubi_tuner.common.atomic import write_text
 from musubi_tuner.common.web_page import data_uri, section, web_page
-from musubi_tuner.dataset.schema import DatasetEntry
+from musubi_tuner.dataset.entries import DatasetEntry
 
 from .companions import CompanionView
 from .examine import ClipReport, ItemReport

@@ -10,7 +10,7 @@ from pathlib import Path
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import audio_bucket_step, quantize_audio_length
-from musubi_tuner.dataset.schema import DatasetEntry
+from musubi_tuner.dataset.entries import DatasetEntry
 
 from .examine import ClipReport, ItemReport
 from .findings import Severity

@@ -14,7 +14,8 @@ from musubi_tuner.config.inspect import InspectConfig
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.clips import AudioSource
 from musubi_tuner.dataset.companions import find_companions
-from musubi_tuner.dataset.schema import DatasetEntry, check_mode, load_dataset_config
+from musubi_tuner.dataset.entries import DatasetEntry
+from musubi_tuner.dataset.schema import check_mode, load_dataset_config
 from musubi_tuner.dataset.sources import ItemListing, Problem, SourceItem, list_items
 
 from .companions import counts_text

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import torch
+
 from musubi_tuner.common.av import AV
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.discovery import discover
+from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, check_caches
 from musubi_tuner.dataset.items import TrainingSet
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.dataset.manifest import load_dataset_manifest
 from musubi_tuner.dataset.sampling import BatchPlan
-from musubi_tuner.dataset.schema import DatasetConfig, check_mode, load_dataset_config
+from musubi_tuner.dataset.schema import check_mode, load_dataset_config
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.config import TransformerConfig
 
@@ -52,9 +55,15 @@ def _reference_options(config: TrainNetworkConfig) -> dict[str, int]:
 
 
 def make_loader(
-    config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint, *, seed: int, world_size: int
+    config: TrainNetworkConfig,
+    datasets: DatasetConfig,
+    checkpoint: Checkpoint,
+    *,
+    seed: int,
+    world_size: int,
+    device: torch.device,
 ) -> BatchLoader:
-    """Batches of the cached items.
+    """Batches of the cached items, for ``device``.
 
     Raises:
         ConfigErrors: no items, or caches that another checkpoint, mode or configuration made.
@@ -69,6 +78,7 @@ def make_loader(
         plan,
         workers=config.data.max_data_loader_n_workers,
         persistent=config.data.persistent_data_loader_workers,
+        pin_memory=device.type == "cuda",
     )
 
 

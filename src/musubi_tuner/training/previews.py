@@ -10,9 +10,9 @@ import torch
 
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.fingerprint import RepairCommands
 from musubi_tuner.dataset.items import TrainingSet
-from musubi_tuner.dataset.schema import DatasetConfig
 from musubi_tuner.generation.conditions import SampleLatents
 from musubi_tuner.generation.decode import Decoders
 from musubi_tuner.generation.latent_cache import DEFAULT_NAME as LATENTS_NAME

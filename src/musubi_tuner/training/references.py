@@ -11,8 +11,8 @@ from musubi_tuner.conditioning.reference import AudioReferenceRules
 from musubi_tuner.config.references import ReferenceStrategy
 from musubi_tuner.config.rules_references import references as reference_rules
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.items import TrainingSet
-from musubi_tuner.dataset.schema import DatasetConfig
 
 logger = logging.getLogger(__name__)
 

@@ -69,7 +69,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     check_quantization(checkpoint, quantization)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     world_size = compute.accelerator.num_processes
-    loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size)
+    loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size, device=compute.device)
     schedule = run_schedule(config, loader, compute.accelerator)
     validation = validation_set(config, datasets, checkpoint) if wants_validation(config, datasets) else None
     _warn_of_defaults(config, explicit, progress)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.common.av import AV
+from musubi_tuner.common.devices import upload
 from musubi_tuner.conditioning.caption_dropout import drop_captions
 from musubi_tuner.conditioning.intrinsic import condition_first_frame, condition_masks
 from musubi_tuner.conditioning.reference import AudioReferenceRules, prepend_references
@@ -87,7 +88,7 @@ def prepare_view(
         device=settings.device,
     )
     tokens = condition_first_frame(tokens, settings.first_frame_p, draws("first_frame"))
-    tokens = condition_masks(tokens, batch.masks)
+    tokens = condition_masks(tokens, batch.masks, None if batch.audio is None else batch.audio.lengths)
     tokens = prepend_references(tokens, batch.references, settings.audio_reference)
     text = drop_captions(batch.text, settings.caption_dropout_rate, draws("caption_dropout"))
     overrides = batch.loss_weights
@@ -119,12 +120,12 @@ def model_inputs(
     tokens: AV[NoisedTokens], text: TextEmbeds, *, device: torch.device, dtype: torch.dtype
 ) -> AV[ModalityInput]:
     """The transformer's inputs for the modalities that are present, each with its own text embeddings."""
-    mask = None if text.mask is None or bool(text.mask.all()) else text.mask.to(device, non_blocking=True)
+    mask = None if text.mask is None or bool(text.mask.all()) else upload(text.mask, device)
     contexts = AV(video=text.video, audio=text.audio)
     others = AV(video=tokens.audio, audio=tokens.video)
 
     def one(name: str, t: NoisedTokens) -> ModalityInput:
-        context = contexts[name].to(device=device, dtype=dtype, non_blocking=True)
+        context = upload(contexts[name], device).to(dtype)
         return t.as_input(context, mask, other=others[name], dtype=dtype)
 
     return tokens.map_named(one)
@@ -153,5 +154,5 @@ def _silence_absent_audio(
     present = batch.audio.lengths > 0
     if bool(present.all()):
         return None
-    keep = present.to(device=device, dtype=torch.float32)
+    keep = upload(present, device).to(torch.float32)
     return Perturbations(a2v=dict.fromkeys(range(num_blocks), keep))

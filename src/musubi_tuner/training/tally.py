@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from musubi_tuner.common.devices import upload
 from musubi_tuner.diffusion.losses import LossTerm, total
 
 from .distributed import sum_over_processes
@@ -72,7 +73,11 @@ class StepTally:
         sums = torch.stack([torch.stack([self._zero, *values]).sum() for values in self._values.values()])
         counts = torch.tensor([float(len(values)) for values in self._values.values()])
         tokens = torch.tensor([[float(self._num_tokens)], [1.0]])
-        parts = [torch.stack([sums, counts.to(sums)]), torch.stack(self._ranges).sum(dim=0), tokens.to(sums)]
+        parts = [
+            torch.stack([sums, upload(counts, sums.device)]),
+            torch.stack(self._ranges).sum(dim=0),
+            upload(tokens, sums.device),
+        ]
         rows = sum_over_processes(torch.cat(parts, dim=1)).tolist()
         names = [*self._values, *_RANGES, _TOKENS]
         return StepTotals(*(dict(zip(names, row, strict=True)) for row in rows))

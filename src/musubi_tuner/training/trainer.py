@@ -19,7 +19,7 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.log import warn_once
 from musubi_tuner.common.progress import progress as progress_bar
 from musubi_tuner.common.progress import restart_clock
-from musubi_tuner.common.seeding import derive_seed
+from musubi_tuner.common.seeding import derive_seed, seed_dropout
 from musubi_tuner.common.tables import format_bytes
 from musubi_tuner.dataset.batch import Batch, SampleKey
 from musubi_tuner.dataset.collate import damaged_files
@@ -29,6 +29,7 @@ from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 
 from .audio_watch import AudioWatch
 from .distributed import average_gradients
+from .gradients import NORM, clip_gradients
 from .lr_plan import LrPlan
 from .optimizers import is_schedule_free, learning_rates
 from .pace import Waiting
@@ -42,7 +43,6 @@ T = TypeVar("T")
 
 MAX_SKIPPED_IN_A_ROW = 20
 _LOSSES = ("loss", "video", *AUDIO_TERMS)  # what a step reports; a batch may lack some
-_NORM = "grad_norm"
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ class Trainer:
     _skipped_in_a_row: int = field(init=False, default=0)
     _first_step: int = field(init=False, default=1)
     _damaged: set[Path] = field(init=False, default_factory=set)
+    _peak: int = field(init=False, default=0)
+    _next_look: float = field(init=False, default=0.0)
 
     def run(self) -> None:
         """Train to the end.
@@ -184,7 +186,7 @@ class Trainer:
         started = time.perf_counter()
         state = self.progress
         self.loop.lr_plan.apply(self.optimizer, state.global_step)
-        norm_names = [_NORM, *(f"{_NORM}/{name}" for name in self.norm_groups)]
+        norm_names = [NORM, *(f"{NORM}/{name}" for name in self.norm_groups)]
         tally = StepTally([*_LOSSES, *norm_names], self.task.device)
         keys: list[SampleKey] = []
         for index, view in enumerate(window):
@@ -195,7 +197,7 @@ class Trainer:
         prepare_next()
         totals = tally.over_processes()
         losses, norms = totals.means(_LOSSES), totals.means(norm_names)
-        norm, loss = norms.pop(_NORM), losses.pop("loss")
+        norm, loss = norms.pop(NORM), losses.pop("loss")
         scalars = dict(self.audio_watch.observe(losses, totals.counts, state))
         scalars |= {f"loss/{name}": value for name, value in totals.loss_by_range.items()} | norms
         finite = math.isfinite(norm) and math.isfinite(loss)
@@ -217,7 +219,7 @@ class Trainer:
             num_tokens=totals.num_tokens,
             average_loss=self._record(loss),
             wait_share=min(waited() / seconds, 1.0),
-            peak_memory=peak_memory(self.task.device),
+            peak_memory=self._peak_memory(),
             stepped=stepped,
             scalars=scalars,
         )
@@ -227,7 +229,7 @@ class Trainer:
         # Dropout draws from the global generator. Seeded by the micro-batch's place in the step, it draws the same in
         # a resumed run, and however many processes share the step.
         place = index * self.loop.world_size + self.loop.rank
-        torch.manual_seed(derive_seed(self.task.seed, "step", self.progress.global_step, place))
+        seed_dropout(derive_seed(self.task.seed, "step", self.progress.global_step, place), self.task.device)
         terms = self.audio_watch.weigh(view_losses(self.transformer, view, self.task), self.progress)
         loss = total(terms)
         if loss.requires_grad:
@@ -248,13 +250,7 @@ class Trainer:
         average_gradients(self.parameters)
         if self.scaler and self._has_gradients():
             self.scaler.unscale_(self.optimizer)
-        norms = {}
-        for name, parameters in self.norm_groups.items():
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            if gradients:
-                norms[f"{_NORM}/{name}"] = torch.nn.utils.get_total_norm(gradients)
-        max_norm = self.loop.max_grad_norm if self.loop.max_grad_norm > 0 else math.inf
-        return norms | {_NORM: torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)}
+        return clip_gradients(self.parameters, self.norm_groups, self.loop.max_grad_norm)
 
     def _apply(self, finite: bool) -> bool:
         """Step the optimizer, or drop the step when a loss or gradient is not finite."""
@@ -297,6 +293,13 @@ class Trainer:
                 state.epoch_losses.append(loss)
         state.epoch_loss_index += 1
         return sum(state.epoch_losses) / max(1, len(state.epoch_losses))
+
+    def _peak_memory(self) -> int:
+        """Looked at once a second: PyTorch collects a hundred numbers for it."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._peak, self._next_look = peak_memory(self.task.device), now + 1.0
+        return self._peak
 
     @staticmethod
     def _postfix(report: StepReport) -> dict[str, str]:

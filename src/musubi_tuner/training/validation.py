@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from musubi_tuner.common.progress import progress as progress_bar
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.collate import load_batch
+from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.items import TrainingSet
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
-from musubi_tuner.dataset.schema import DatasetConfig
 from musubi_tuner.diffusion.losses import AUDIO_TERMS, total
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 

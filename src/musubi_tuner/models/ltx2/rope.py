@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musubi_tuner.common.devices import upload
+
 
 @dataclass(frozen=True)
 class RopeTable:
@@ -46,7 +48,7 @@ def rope_table(
     """
     position = coords.to(torch.float32).mean(dim=-1)  # [B, A, N]
     axes = position.shape[1]
-    extent = torch.tensor(max_pos, dtype=torch.float32, device=position.device)
+    extent = upload(torch.tensor(max_pos, dtype=torch.float32), position.device)
     scaled = 2 * (position.transpose(1, 2) / extent) - 1  # [B, N, A]
     count = width // (2 * axes)
     ladder = _frequencies(count, theta, float64=float64, device=position.device)

@@ -1,0 +1,43 @@
+"""Norms and clipping of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+NORM = "grad_norm"
+
+
+@torch.no_grad()
+def clip_gradients(
+    parameters: Sequence[Parameter], groups: Mapping[str, Sequence[Parameter]], max_norm: float
+) -> dict[str, Tensor]:
+    """Scale all gradients so that their common norm is at most ``max_norm``; 0 leaves them alone.
+
+    The norm of each gradient is taken once, and the host does not wait for the device.
+
+    Args:
+        groups: parts of ``parameters``, by name.
+
+    Returns:
+        The norms before, ``grad_norm`` of all and ``grad_norm/<name>`` of each group that has a gradient.
+    """
+    trained = [p for p in parameters if p.grad is not None]
+    if not trained:
+        return {NORM: torch.zeros(())}
+    norms = dict(zip(trained, torch._foreach_norm([p.grad for p in trained]), strict=True))
+    found = {NORM: _norm_of([*norms.values()])}
+    for name, members in groups.items():
+        own = [norms[p] for p in members if p in norms]
+        if own:
+            found[f"{NORM}/{name}"] = _norm_of(own)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, found[NORM])
+    return found
+
+
+def _norm_of(norms: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(norms))

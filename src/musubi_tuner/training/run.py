@@ -15,8 +15,8 @@ from musubi_tuner.config.notices import without_effect
 from musubi_tuner.config.references import resolve_strategy
 from musubi_tuner.config.rules_training import mode_fits
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.items import TrainingSet
-from musubi_tuner.dataset.schema import DatasetConfig
 from musubi_tuner.generation.decode import Decoders
 from musubi_tuner.generation.run import Job
 from musubi_tuner.models.checkpoint import Checkpoint

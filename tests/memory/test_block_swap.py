@@ -12,6 +12,9 @@ from torch import nn
 from musubi_tuner.memory.block_layout import FrozenTensors
 from musubi_tuner.memory.block_swap import BlockSwap, swap_blocks, swapped_positions
 from musubi_tuner.memory.checkpointing import checkpoint_blocks, checkpointed_positions
+from musubi_tuner.models.ltx2.quantize import is_target
+from musubi_tuner.quantization.linear import QuantizedLinear, pack_linear
+from musubi_tuner.quantization.packed import Fp8, Nf4
 
 LAYERS = 6
 
@@ -215,6 +218,27 @@ def test_tensors_of_any_dtype_and_layout(checkpointed):
     expected = subject(LAYERS, prepare=pack_linears, include_patterns="['.*to_k']").step()
     model, _ = swapped(4, checkpointed=checkpointed, prepare=pack_linears, include_patterns="['.*to_k']")
     assert_same(model.step(), expected)
+
+
+def quantised_to(method):
+    def prepare(model) -> None:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, nn.Linear) and is_target(f"{name}.weight") and method.fits(layer.weight.shape):
+                pack_linear(model, name, method.quantize(layer.weight))
+
+    return prepare
+
+
+@pytest.mark.parametrize("method", [Fp8(), Nf4()], ids=["fp8", "nf4"])
+@pytest.mark.parametrize("checkpointed", [0, LAYERS])
+def test_quantised_blocks(method, checkpointed):
+    prepare = quantised_to(method)
+    plain = subject(LAYERS, prepare=prepare)
+    assert sum(isinstance(m, QuantizedLinear) for m in plain.model.modules()) >= 10 * LAYERS
+    model, swap = swapped(4, checkpointed=checkpointed, prepare=prepare)
+    assert swap.host_bytes < swapped(4)[1].host_bytes
+    assert_same(model.step(), plain.step())
+    assert_same(model.outputs(), plain.outputs())
 
 
 def test_a_tensor_that_two_layers_share_is_moved_once():

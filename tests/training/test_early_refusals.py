@@ -13,6 +13,9 @@ REFUSED = {
     "floor": (["--lr_scheduler", "cosine_with_min_lr"], "--lr_scheduler_min_lr_ratio"),
     "optimizer": (["--optimizer_type", "AdamWW"], "torch.optim has no class AdamWW"),
     "network option": (["--network_args", "loraplus"], "expected key=value, got 'loraplus'"),
+    "name with a folder": (["--output_name", "a/b"], "--output_name 'a/b': expected a name for files"),
+    "no name": (["--output_name", ""], "--output_name '': expected a name for files"),
+    "no optimizer": (["--optimizer_type", "torch.nn.Linear"], "no subclass of torch.optim.Optimizer"),
     "quota of sound": (
         ["--min_audio_batches_per_accum", "3", "--gradient_accumulation_steps", "2"],
         "--min_audio_batches_per_accum 3: expected at most --gradient_accumulation_steps (2)",

@@ -54,6 +54,14 @@ def test_the_same_lora_comes_out(name, plain, cached_demo, tmp_path: Path):
         torch.testing.assert_close(found[key], tensor, **bound)
 
 
+@pytest.mark.parametrize("base", [("--fp8_base", "--fp8_scaled"), ("--nf4_base",)], ids=["fp8", "nf4"])
+def test_quantised_weights_that_are_swapped(base, cached_demo, tmp_path: Path):
+    expected = run(cached_demo(), tmp_path / "resident", *base)
+    found = run(cached_demo(), tmp_path / "swapped", *base, *EXACT["offload"])
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=0)
+
+
 def without_time(path: Path) -> str:
     parts = path.name.split("_")
     return "_".join(parts[:3] + parts[4:])

@@ -153,6 +153,10 @@ def one_group(lr: float = 1e-3) -> list[dict]:
     [
         ("AdamWW", [], "torch.optim has no class AdamWW"),
         ("nowhere.Opt", [], "pip install nowhere"),
+        ("math.pi", [], "math.pi is no subclass of torch.optim.Optimizer"),
+        ("torch.nn.Linear", [], "torch.nn.Linear is no subclass of torch.optim.Optimizer"),
+        (".Opt", [], "expected the name of a class"),
+        ("LBFGS", [], "needs a closure"),
         ("AdamW", ["betas"], "expected key=value"),
         ("AdamW", ["bates=(0.9,0.99)"], "no option 'bates' (did you mean 'betas'?); known: betas, eps, weight_decay"),
         ("AdamW", ["betas=(2,3)"], "Invalid beta"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,33 @@ def test_masks_are_trained_with(data, tmp_path: Path):
         mask[:, 0] = 1.0
         write_mask(cache / str(name.sibling("mask")), AV(mask), {})
     assert not same(plain, data.run("marked"))
+
+
+def test_a_resumed_run_with_references_validation_and_average_equals_an_unbroken_one(data, logged):
+    """Everything at once that a state, the bar's counters or a key of a random draw could get wrong."""
+    data = data()
+    data.with_references(scale=2)
+    text = data.dataset.read_text(encoding="utf-8")
+    section = text.partition("[[datasets]]")[2]
+    for folder in (data.cache, data.references):
+        copy = data.folder / f"validation {folder.name}"
+        shutil.copytree(folder, copy)
+        section = section.replace(f'"{folder.as_posix()}"', f'"{copy.as_posix()}"')
+    data.dataset.write_text(f"{text}\n[[validation_datasets]]{section}", encoding="utf-8")
+    flags = (
+        *("--ic_lora_strategy", "v2v", "--reference_downscale", "2", "--num_timestep_buckets", "3"),
+        *("--gradient_accumulation_steps", "3", "--ema_decay", "0.5", "--ema_update_every", "2"),
+        *("--validate_every_n_steps", "2", "--network_dropout", "0.3", "--caption_dropout_rate", "0.5"),
+        *("--save_state", "--save_every_n_steps", "3", "--no_save_original_lora", "--scale_weight_norms", "0.01"),
+    )
+    train(data.arguments("straight", *flags, steps=4))
+    straight = {step: dict(values) for step, values in logged.items()}
+    logged.clear()
+    state = data.folder / "straight" / "x-step00000003-state"
+    train(data.arguments("resumed", *flags, "--resume", str(state), steps=4))
+    assert logged == {4: straight[4]}
+    assert straight[4]["val_loss"] != straight[2]["val_loss"]
+    names = ("x-state/network", "x-state/optimizer", "x-state/ema", "x.comfy", "x-ema.comfy")
+    for name in names:
+        assert same(*(load_file(data.folder / run / f"{name}.safetensors") for run in ("straight", "resumed"))), name
+    assert not same(*(load_file(data.folder / "straight" / f"{name}.safetensors") for name in names[-2:]))

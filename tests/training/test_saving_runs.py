@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +94,17 @@ def test_a_broken_weight_is_found_at_the_step_that_it_spoils(cached_demo, tmp_pa
     message = refused(arguments(cached_demo(), tmp_path, steps=30), capsys)
     assert "step 2: lora_unet_" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_whose_product_overflows_are_not_saved_as_good(cached_demo, tmp_path: Path, capsys):
+    """Every weight is finite, the change that they make is not."""
+    flags = ("--learning_rate", "1e30", "--save_state", "--save_every_n_steps", "1")
+    message = refused(arguments(cached_demo(), tmp_path, *flags, steps=4), capsys)
+    assert "video and audio" in message
+    assert "overflows" in message
+    assert {p.name for p in tmp_path.iterdir()} <= {
+        *("x-step00000001.safetensors", "x-step00000001.comfy.safetensors", "x-step00000001-state")
+    }
 
 
 def test_a_file_that_reads_back_wrong_stops_the_run(cached_demo, tmp_path: Path, capsys, monkeypatch):
@@ -194,3 +207,43 @@ def test_another_worker_count_and_previews_change_nothing_after_resuming(cached_
     for name in ("x-state/network.safetensors", "x-state/optimizer.safetensors", "x.safetensors"):
         one, other = (load_file(tmp_path / run / name) for run in ("straight", "resumed"))
         assert all(torch.equal(one[k], other[k]) for k in one), name
+
+
+def test_previews_that_a_kill_prevented_are_rendered_on_resuming(cached_demo, tmp_path: Path):
+    """The state of a step is saved before its previews are rendered, which may take long."""
+    assets, prompts = cached_demo(), tmp_path / "prompts.txt"
+    text = assets.prompts.read_text(encoding="utf-8")
+    prompts.write_text(re.sub(r" --w .*", " --w 64 --h 64 --f 1 --s 1", text), encoding="utf-8")
+    flags = (
+        *("--save_state", "--save_every_n_steps", "4", "--sample_every_n_steps", "4", "--sample_every_n_epochs", "1"),
+        *("--sample_prompts", str(prompts), "--use_precached_sample_prompts", "--sample_disable_audio"),
+    )
+    train(arguments(assets, tmp_path / "out", *flags, steps=5))
+    straight = previews(tmp_path / "out")
+    assert len(straight) == 4
+    shutil.rmtree(tmp_path / "out" / "x-state")  # of step 5: the run goes on from step 4
+    for path in (tmp_path / "out" / "sample").iterdir():
+        if "_000004_01_" in path.name or "_e000001_" in path.name:
+            path.unlink()
+    kept = set((tmp_path / "out" / "sample").iterdir())
+    train(arguments(assets, tmp_path / "out", *flags, "--autoresume", steps=5))
+    assert kept <= set((tmp_path / "out" / "sample").iterdir()), "what is there is not rendered again"
+    assert previews(tmp_path / "out") == straight
+
+
+def previews(output: Path) -> dict[str, list[bytes]]:
+    """Contents by names without the time of day."""
+    found: dict[str, list[bytes]] = {}
+    for path in (output / "sample").iterdir():
+        found.setdefault(re.sub(r"_\d{14}", "", path.name), []).append(path.read_bytes())
+    return found
+
+
+def test_the_same_optimizer_by_another_spelling_resumes_and_a_finished_run_says_so(cached_demo, tmp_path: Path, capsys):
+    train(arguments(cached_demo(), tmp_path, "--save_state", steps=2))
+    flags = ("--autoresume", "--optimizer_type", "torch.optim.AdamW")
+    train(arguments(cached_demo(), tmp_path, *flags, steps=3))
+    assert metadata(tmp_path / "x.safetensors")["ss_steps"] == "3"
+    capsys.readouterr()
+    train(arguments(cached_demo(), tmp_path, "--autoresume", "--save_state", steps=1))
+    assert "nothing is left to train: the state is at step 2 and the run ends at step 1" in capsys.readouterr().err

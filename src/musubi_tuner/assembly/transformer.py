@@ -1,7 +1,8 @@
 """The one place where features are put on the transformer, in the order that keeps them correct.
 
-1. quantise linears (a later version), 2. network, attention kernel, layers computed in parts, 3. compile, 4. block
-swap, 5. gradient checkpointing around the block, 6. taps on blocks (later). Model code has no branch for any of them.
+1. quantised linears, put in place while loading, 2. network, attention kernel, layers computed in parts, 3. compile, 4.
+block swap, 5. gradient checkpointing around the block, 6. taps on blocks (later). Model code has no branch for any of
+them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from musubi_tuner.memory.transfer import PinnedBudget, make_transfer
 from musubi_tuner.models.attention_backends import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import load_transformer, transformer_config
+from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora import LoRALinear
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
@@ -69,17 +71,21 @@ def assemble_transformer(
     streams: str,
     dtype: torch.dtype,
     device: torch.device,
+    quantization: Quantization | None = None,
     network: NetworkFactory | None = None,
     compilation: CompileSettings | None = None,
     memory: MemorySettings = _PLAIN,
 ) -> tuple[LTX2Transformer, LoRANetwork | None]:
     """Load the frozen transformer and attach what training asked for.
 
-    ``streams`` is ``video``, ``av`` or ``audio``: which modules are built. ``network`` makes the network for the
+    ``streams`` is ``video``, ``av`` or ``audio``: which modules are built. ``quantization``: how the
+    weights of its blocks are held, ``None`` for dense. ``network`` makes the network for the
     loaded transformer; it is applied here. ``compilation``: how the blocks are compiled, ``None`` for not at all.
     """
     swapped = swapped_positions(transformer_config(checkpoint).num_layers, memory.blocks_to_swap)
-    transformer = load_transformer(checkpoint, mode=streams, dtype=dtype, device=device, host_blocks=swapped)
+    transformer = load_transformer(
+        checkpoint, mode=streams, dtype=dtype, device=device, quantization=quantization, host_blocks=swapped
+    )
     adapter = None
     if network is not None:
         adapter = network(transformer)

@@ -24,6 +24,12 @@ def folder(name: str, path: Path | None) -> Iterable[str]:
         yield f"--{name} {path}: is a file, expected a folder"
 
 
+def file_name(name: str, value: str) -> Iterable[str]:
+    """The start of files' names: a path, or what some system refuses, would fail at the first save."""
+    if not value.strip() or set(value) & set('/\\:*?"<>|'):
+        yield f'--{name} {value!r}: expected a name for files, not empty and without / \\ : * ? " < > |'
+
+
 def dtypes(names: Mapping[str, str | None]) -> Iterable[str]:
     """Flags whose value is no dtype."""
     for name, value in names.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .rules_common import dtypes, folder, missing, samples
-from .rules_memory import blocks, compilation, gpu
+from .rules_common import dtypes, file_name, folder, missing, samples
+from .rules_memory import blocks, compilation, gpu, quantization
 from .rules_memory import training as training_memory
 from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .rules_references import references
@@ -44,6 +44,7 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
         }
     )
     yield from folder("output_dir", config.save.output_dir)
+    yield from file_name("output_name", config.save.output_name)
     yield from resume_exists(config.save, config.hub)
 
 
@@ -178,6 +179,7 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
         yield "--sample_at_first and --sample_every_n_* need --sample_prompts"
     yield from blocks(config.memory)
     yield from training_memory(config.memory)
+    yield from quantization(config.quantization)
     yield from compilation(config.compilation)
     yield from gpu(config.cuda)
     yield from dtypes({"vae_dtype": config.precision.vae_dtype})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from .flag import flag
-from .memory import BlockMemoryConfig
+from .memory import BlockMemoryConfig, QuantizationConfig
 from .model import CheckpointConfig, GemmaConfig
 
 
@@ -138,3 +138,4 @@ class GenerateVideoConfig:
     memory: BlockMemoryConfig = BlockMemoryConfig()
     conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()
+    quantization: QuantizationConfig = QuantizationConfig()

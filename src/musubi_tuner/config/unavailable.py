@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-_BASE = "leave it out: the base weights stay in bf16"
 _OFF = "leave it out"
 
 NOT_YET: Mapping[str, str] = {
-    **dict.fromkeys(("fp8_base", "fp8_scaled", "nf4_base", "nf4_block_size", "quantize_device"), _BASE),
     **dict.fromkeys(("loftq_init", "loftq_iters"), _OFF),
     **dict.fromkeys(("awq_calibration", "awq_alpha", "awq_num_batches"), _OFF),
     "dim_from_weights": "use --network_dim",

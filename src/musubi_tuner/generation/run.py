@@ -123,8 +123,12 @@ def decode_tiling(decode: SampleDecodeConfig) -> Tiling:
 
 def preview_stem(output_name: str, position: int, *, index: int, seed: int, epoch_end: bool) -> str:
     """File name of a preview without suffix; ``position`` is the epoch (``e000003``) or the step."""
-    kind = "e" if epoch_end else ""
-    return f"{output_name}_{kind}{position:06d}_{index:02d}_{_timestamp()}_{seed}"
+    return f"{preview_prefix(output_name, position, index=index, epoch_end=epoch_end)}{_timestamp()}_{seed}"
+
+
+def preview_prefix(output_name: str, position: int, *, index: int, epoch_end: bool) -> str:
+    """What the names of a preview's files start with, whenever it is rendered."""
+    return f"{output_name}_{'e' if epoch_end else ''}{position:06d}_{index:02d}_"
 
 
 def generation_stem(output_name: str, *, index: int, seed: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from musubi_tuner.assembly.quantization import quantization_settings
 from musubi_tuner.assembly.transformer import assemble_transformer, check_memory
 from musubi_tuner.common.devices import choose_device
 from musubi_tuner.common.dtypes import parse_dtype
@@ -17,6 +18,7 @@ from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.config.sampling import GenerateVideoConfig
 from musubi_tuner.dataset.fingerprint import RepairCommands
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.quantize import check_quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import absent_modules, create_network_from_weights
@@ -55,6 +57,8 @@ def generate(config: GenerateVideoConfig) -> int:
     prompts = read_prompts(config)
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     checkpoint.require("transformer", "generating")
+    quantization = quantization_settings(config.quantization, device)
+    check_quantization(checkpoint, quantization)
     check_memory(config.memory.settings, checkpoint, device=device, dtype=dtype)
     video_vae = Checkpoint.open(options.vae) if options.vae else None
     decoders = Decoders(
@@ -77,7 +81,12 @@ def generate(config: GenerateVideoConfig) -> int:
     )
     encoded = _encoded(config, checkpoint, prompts, device=device, dtype=dtype)
     transformer, _ = assemble_transformer(
-        checkpoint, streams=settings.generated, dtype=dtype, device=device, memory=config.memory.settings
+        checkpoint,
+        streams=settings.generated,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        memory=config.memory.settings,
     )
     apply_loras(transformer, loras, config.lora.lora_multiplier, device)
     results = render_prompts(

@@ -46,6 +46,11 @@ class Verdict:
         """Those of the ``wanted`` streams that the LoRA leaves as they were."""
         return [name for name in wanted if name not in self.streams or self.streams[name].norm == 0]
 
+    @property
+    def exploded(self) -> list[str]:
+        """Streams whose deltas are too large for float32, although every weight is finite."""
+        return [name for name, s in self.streams.items() if not s.norm <= torch.finfo(torch.float32).max]
+
     def to_json(self) -> str:
         """For the metadata."""
         streams = {

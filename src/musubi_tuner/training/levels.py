@@ -29,6 +29,8 @@ def sample_losses(terms: Mapping[str, LossTerm]) -> Tensor:
 
 
 def losses_by_range(terms: Mapping[str, LossTerm], sigma: Tensor) -> Tensor:
-    """[2, 4] fp32: in each range the sum of the losses of its samples, and their number."""
+    """[2, 4] fp32: in each range the sum of the losses of its samples, and the number of those that have any."""
     members = one_hot(level_range(sigma), len(LEVEL_RANGES)).float()  # [B, 4]
+    learning = [torch.ones_like(sigma, dtype=torch.bool) if t.valid is None else t.valid for t in terms.values()]
+    members = members * torch.stack(learning).any(dim=0)[:, None]
     return torch.stack([sample_losses(terms) @ members, members.sum(dim=0)])

@@ -33,6 +33,7 @@ _SHORT_NAMES = {
     "muon": "pytorch_optimizer.Muon",
 }
 Groups = list[dict[str, Any]]
+_NO_CLOSURE = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
 
 
 def parse_key_values(pairs: Sequence[str], flag: str) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def import_class(path: str, flag: str, known: Sequence[str] = ()) -> type:
         UserError: the package is not installed or has no such class.
     """
     module_name, _, class_name = path.rpartition(".")
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise UserError(f"{flag}: expected the name of a class, such as package.module.Class")
     try:
         return getattr(importlib.import_module(module_name), class_name)
     except ModuleNotFoundError as error:
@@ -77,7 +80,15 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         UserError: the package is not installed or has no such class.
     """
     path = _SHORT_NAMES.get(name.lower(), name if "." in name else f"torch.optim.{name}")
-    return import_class(path, f"--optimizer_type {name}", [n for n in _SHORT_NAMES if n])
+    cls = import_class(path, f"--optimizer_type {name}", [n for n in _SHORT_NAMES if n])
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise UserError(f"--optimizer_type {name}: {path} is no subclass of torch.optim.Optimizer")
+    if inspect.signature(cls.step).parameters.get("closure", _NO_CLOSURE).default is inspect.Parameter.empty:
+        raise UserError(
+            f"--optimizer_type {name}: {path} evaluates the loss several times a step (its step() needs a closure), "
+            "which the training loop does not do; choose another optimizer"
+        )
+    return cls
 
 
 def create_optimizer(name: str, groups: Groups, args: Sequence[str] = ()) -> torch.optim.Optimizer:

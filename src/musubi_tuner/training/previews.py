@@ -19,7 +19,14 @@ from musubi_tuner.generation.decode import Decoders
 from musubi_tuner.generation.latent_cache import DEFAULT_NAME as LATENTS_NAME
 from musubi_tuner.generation.prompt_cache import DEFAULT_NAME, EncodedPrompt, load_prompt_cache
 from musubi_tuner.generation.prompts import SamplePrompt, load_prompts
-from musubi_tuner.generation.run import Job, decode_tiling, preview_stem, render_prompts, render_settings
+from musubi_tuner.generation.run import (
+    Job,
+    decode_tiling,
+    preview_prefix,
+    preview_stem,
+    render_prompts,
+    render_settings,
+)
 from musubi_tuner.generation.sample_latents import VaeSource, cache_choice, obtain_sample_latents
 from musubi_tuner.generation.text_encoding import load_encoder_and_encode
 from musubi_tuner.models.checkpoint import Checkpoint
@@ -51,24 +58,54 @@ class Previewer:
     failures: int = 0
 
     def on_start(self, progress: Progress) -> None:
-        if self.config.preview.sample_at_first and progress.global_step == 0:
-            self._render(progress, position=0, epoch_end=True)
+        if progress.global_step > 0:
+            self._catch_up(progress)
+        elif self.config.preview.sample_at_first:
+            self._render(self.jobs, progress, position=0, epoch_end=True)
 
     def on_step(self, report: StepReport, progress: Progress) -> None:
-        every = self.config.preview.sample_every_n_steps
-        if every and progress.global_step % every == 0:
-            self._render(progress, position=progress.global_step, epoch_end=False)
+        if self._due_after_step(progress.global_step):
+            self._render(self.jobs, progress, position=progress.global_step, epoch_end=False)
 
     def on_epoch_end(self, epoch: int, progress: Progress) -> None:
-        every = self.config.preview.sample_every_n_epochs
-        if every and (epoch + 1) % every == 0:
-            self._render(progress, position=epoch + 1, epoch_end=True)
+        if self._due_after_epoch(epoch + 1):
+            self._render(self.jobs, progress, position=epoch + 1, epoch_end=True)
 
     def on_end(self, progress: Progress) -> None:
         if self.failures:
             logger.error("%d samples could not be rendered; the reasons are above", self.failures)
 
-    def _render(self, progress: Progress, *, position: int, epoch_end: bool) -> None:
+    def _due_after_step(self, step: int) -> bool:
+        every = self.config.preview.sample_every_n_steps
+        return bool(every) and step % every == 0
+
+    def _due_after_epoch(self, epochs: int) -> bool:
+        every = self.config.preview.sample_every_n_epochs
+        return bool(every) and epochs % every == 0
+
+    def _catch_up(self, progress: Progress) -> None:
+        """Render what is due where a resumed run goes on: states are saved first, so a run may have ended in between.
+
+        Only what has no file yet.
+        """
+        if self._due_after_step(progress.global_step):
+            self._render_missing(progress, position=progress.global_step, epoch_end=False)
+        if progress.epoch > 0 and progress.batch_in_epoch == 0 and self._due_after_epoch(progress.epoch):
+            self._render_missing(progress, position=progress.epoch, epoch_end=True)
+
+    def _render_missing(self, progress: Progress, *, position: int, epoch_end: bool) -> None:
+        name, folder = self.config.save.output_name, self.config.save.output_dir / "sample"
+        existing = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        missing = []
+        for job in self.jobs:
+            prefix = preview_prefix(name, position, index=job.index, epoch_end=epoch_end)
+            if not any(file.startswith(prefix) for file in existing):
+                missing.append(job)
+        if missing:
+            logger.info("rendering %d previews that the earlier run did not come to", len(missing))
+            self._render(missing, progress, position=position, epoch_end=epoch_end)
+
+    def _render(self, jobs: Sequence[Job], progress: Progress, *, position: int, epoch_end: bool) -> None:
         save = self.config.save
         settings = render_settings(
             self.config.decode,
@@ -82,7 +119,7 @@ class Previewer:
         with evaluation_weights(self.optimizer), plain(self.transformer):
             results = render_prompts(
                 self.transformer,
-                self.jobs,
+                jobs,
                 self.decoders,
                 settings=settings,
                 output_dir=save.output_dir / "sample",

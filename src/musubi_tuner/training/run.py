@@ -9,13 +9,19 @@ from dataclasses import replace
 
 from accelerate.utils import broadcast_object_list
 
+from musubi_tuner.assembly.quantization import quantization_settings
 from musubi_tuner.assembly.transformer import check_memory
 from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.config.notices import without_effect
 from musubi_tuner.config.references import resolve_strategy
 from musubi_tuner.config.rules_training import mode_fits
 from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.dataset.entries import DatasetConfig
+from musubi_tuner.dataset.items import TrainingSet
+from musubi_tuner.generation.decode import Decoders
+from musubi_tuner.generation.run import Job
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.quantize import check_quantization
 
 from .data import make_loader, read_datasets, validation_set
 from .dry_run import run_dry_run
@@ -28,6 +34,7 @@ from .references import check_references
 from .resume import find_resumed, resume_settings
 from .saving import Saver
 from .setup import (
+    Compute,
     audio_watch,
     check_choices,
     load_model,
@@ -64,6 +71,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     check_references(config, datasets)
     resumed = find_resumed(config)
     compute = make_compute(config)
+    quantization = quantization_settings(config.quantization, compute.device)
+    check_quantization(checkpoint, quantization)
     check_memory(config.memory.settings, checkpoint, device=compute.device, dtype=compute.dtype)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     world_size = compute.accelerator.num_processes
@@ -73,12 +82,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     _warn_of_defaults(config, explicit, progress)
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
-    jobs = []
-    if wants_previews(config):
-        warn_of_other_connectors(config, loader.plan.training_set, checkpoint)
-        jobs = prepare_jobs(config, checkpoint, datasets, device=compute.device)
-    decoders = make_decoders(config, checkpoint, device=compute.device) if jobs else None
-    transformer, network = load_model(config, checkpoint, compute, progress.seed)
+    jobs, decoders = _previews(config, checkpoint, datasets, loader.plan.training_set, compute)
+    transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)
     warn_of_rates(config, optimizer)
@@ -96,18 +101,16 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         return run_dry_run(config, transformer, parameters, loader.plan, task)
 
     tracking = Tracking(compute.accelerator)
-    listeners: list[Listener] = [ScalarLog(tracking)]
-    if config.tracking.log_cuda_memory_every_n_steps:
-        listeners.append(CudaMemoryLog(tracking, compute.device, config.tracking.log_cuda_memory_every_n_steps))
+    listeners = _logs(config, tracking, compute)
+    previewer = None
     if compute.accelerator.is_main_process:
         settings, uploader = resume_settings(config, loop), make_uploader(config.hub)
         listeners.append(Saver(config, facts, network, optimizer, names, settings, scaler, average, uploader))
-    previewer = None
-    if jobs and compute.accelerator.is_main_process:
-        previewer = Previewer(
-            config, jobs, decoders, transformer, network, optimizer, compute.device, compute.dtype, tracking
-        )
-        listeners.append(previewer)
+        if decoders is not None:
+            previewer = Previewer(
+                config, jobs, decoders, transformer, network, optimizer, compute.device, compute.dtype, tracking
+            )
+            listeners.append(previewer)
     validator = None
     if validation is not None:
         validator = make_validator(config, validation, task, transformer, network, optimizer, loop, tracking)
@@ -139,6 +142,27 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         files=written_files(config.save.output_dir, config.save.output_name, started),
     ).log()
     return 1 if previewer and previewer.failures else 0
+
+
+def _logs(config: TrainNetworkConfig, tracking: Tracking, compute: Compute) -> list[Listener]:
+    every = config.tracking.log_cuda_memory_every_n_steps
+    logs: list[Listener] = [ScalarLog(tracking)]
+    return [*logs, CudaMemoryLog(tracking, compute.device, every)] if every else logs
+
+
+def _previews(
+    config: TrainNetworkConfig,
+    checkpoint: Checkpoint,
+    datasets: DatasetConfig,
+    training_set: TrainingSet,
+    compute: Compute,
+) -> tuple[list[Job], Decoders | None]:
+    """The prompts to render, encoded, and what decodes them, on the process that renders; Gemma comes and goes here."""
+    if not (wants_previews(config) and compute.accelerator.is_main_process):
+        return [], None
+    warn_of_other_connectors(config, training_set, checkpoint)
+    jobs = prepare_jobs(config, checkpoint, datasets, device=compute.device)
+    return jobs, make_decoders(config, checkpoint, device=compute.device) if jobs else None
 
 
 def _seed(config: TrainNetworkConfig) -> int:

@@ -21,7 +21,7 @@ from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
-from musubi_tuner.networks.verdict import first_non_finite
+from musubi_tuner.networks.verdict import Verdict, first_non_finite
 
 from .checkpoints import (
     SavePoint,
@@ -175,6 +175,7 @@ class Saver:
         """The network's weights in the formats that were asked for, each read back before it gets its name."""
         save, dtype = self.config.save, parse_dtype(self.config.save.save_precision)
         verdict = self.network.verdict()
+        _require_usable(verdict, progress)
         metadata = self.network.metadata() | training_metadata(
             self.config, self.facts, step=progress.global_step, epoch=progress.epoch, verdict=verdict
         )
@@ -213,6 +214,17 @@ class Saver:
         old_state = outdated(point, every, keep if keep_state is None else keep_state)
         if old_state is not None:
             remove_state(save.output_dir, save.output_name, old_state)
+
+
+def _require_usable(verdict: Verdict, progress: Progress) -> None:
+    """Stop when finite factors have grown so large that what they add to the model is not finite."""
+    exploded = verdict.exploded
+    if exploded:
+        raise UserError(
+            f"step {progress.global_step}: the {' and '.join(exploded)} weights are so large that the change they make "
+            "overflows, so the training stops here and this step is not saved. Resume from the latest state with a "
+            "lower --learning_rate"
+        )
 
 
 def _sidecar_numbers(report: StepReport) -> dict[str, float]:

@@ -48,19 +48,25 @@ class StepTally:
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        # Values and how much each counts: 1, or 0 for the mean over nothing.
         self._values: dict[str, list[Tensor]] = {name: [] for name in names}
+        self._counts: dict[str, list[Tensor]] = {name: [] for name in names}
         self._ranges = [torch.zeros(2, len(_RANGES), device=device)]
         self._num_tokens = 0
-        self._zero = torch.zeros((), device=device)
+        self._zero, self._one = torch.zeros((), device=device), torch.ones((), device=device)
 
-    def add(self, name: str, value: Tensor) -> None:
+    def add(self, name: str, value: Tensor, counts: Tensor | None = None) -> None:
         self._values[name].append(value.detach().to(self._zero))
+        self._counts[name].append(self._one if counts is None else counts.to(self._zero))
 
     def add_batch(self, terms: Mapping[str, LossTerm], sigma: Tensor, num_tokens: int) -> None:
-        """The losses of a micro-batch, as ``loss``, by term and by noise level."""
+        """The losses of a micro-batch, as ``loss``, by term and by noise level.
+
+        A term that a mask left nothing to learn from is no loss of 0: it does not count.
+        """
         self.add("loss", total(terms))
         for name, term in terms.items():
-            self.add(name, term.mean())
+            self.add(name, term.mean(), None if term.valid is None else term.valid.any())
         self._ranges.append(losses_by_range(terms, sigma))
         self._num_tokens += num_tokens
 
@@ -70,14 +76,14 @@ class StepTally:
         Every process sends and sees the same numbers, also where its own batches lack a modality, and so takes the
         same branch afterwards.
         """
-        sums = torch.stack([torch.stack([self._zero, *values]).sum() for values in self._values.values()])
-        counts = torch.tensor([float(len(values)) for values in self._values.values()])
+        both = (self._values, self._counts)
+        sums, counts = (torch.stack([self._sum(parts) for parts in of_names.values()]) for of_names in both)
         tokens = torch.tensor([[float(self._num_tokens)], [1.0]])
-        parts = [
-            torch.stack([sums, upload(counts, sums.device)]),
-            torch.stack(self._ranges).sum(dim=0),
-            upload(tokens, sums.device),
-        ]
+        ranges = torch.stack(self._ranges).sum(dim=0)
+        parts = [torch.stack([sums, counts]), ranges, upload(tokens, sums.device)]
         rows = sum_over_processes(torch.cat(parts, dim=1)).tolist()
         names = [*self._values, *_RANGES, _TOKENS]
         return StepTotals(*(dict(zip(names, row, strict=True)) for row in rows))
+
+    def _sum(self, parts: list[Tensor]) -> Tensor:
+        return torch.stack([self._zero, *parts]).sum()

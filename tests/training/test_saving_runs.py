@@ -237,3 +237,13 @@ def previews(output: Path) -> dict[str, list[bytes]]:
     for path in (output / "sample").iterdir():
         found.setdefault(re.sub(r"_\d{14}", "", path.name), []).append(path.read_bytes())
     return found
+
+
+def test_the_same_optimizer_by_another_spelling_resumes_and_a_finished_run_says_so(cached_demo, tmp_path: Path, capsys):
+    train(arguments(cached_demo(), tmp_path, "--save_state", steps=2))
+    flags = ("--autoresume", "--optimizer_type", "torch.optim.AdamW")
+    train(arguments(cached_demo(), tmp_path, *flags, steps=3))
+    assert metadata(tmp_path / "x.safetensors")["ss_steps"] == "3"
+    capsys.readouterr()
+    train(arguments(cached_demo(), tmp_path, "--autoresume", "--save_state", steps=1))
+    assert "nothing is left to train: the state is at step 2 and the run ends at step 1" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
 from .hub import download_state
+from .optimizers import optimizer_class
 from .state import Progress, find_latest_state, load_average, read_progress, restore_network, restore_optimizer
 from .trainer import LoopSettings
 from .weights import WeightAverage
@@ -81,10 +82,11 @@ def find_resumed(config: TrainNetworkConfig) -> Resumed | None:
 
 def resume_settings(config: TrainNetworkConfig, loop: LoopSettings) -> dict[str, Any]:
     """What must not change between saving and resuming."""
+    optimizer = optimizer_class(config.optimizer.optimizer_type)
     return {
         "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint.name,
         "ltx2_mode": config.checkpoint.ltx2_mode,
-        "optimizer_type": config.optimizer.optimizer_type.lower(),
+        "optimizer_type": f"{optimizer.__module__}.{optimizer.__qualname__}",  # however the flag spells it
         "gradient_accumulation_steps": loop.accumulation,
         "network_module": config.network.network_module,
         "processes": loop.world_size,

@@ -118,6 +118,13 @@ class Trainer:
         """
         state = self.progress
         self._fit_position_to_data()
+        if state.global_step >= self.loop.total_steps:
+            logger.warning(
+                "nothing is left to train: the state is at step %d and the run ends at step %d; to go on raise "
+                "--max_train_steps or --max_train_epochs",
+                state.global_step,
+                self.loop.total_steps,
+            )
         if is_schedule_free(self.optimizer):
             self.optimizer.train()
         for listener in self.listeners:

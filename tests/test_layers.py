@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "musubi_tuner"
 # Lowest first; the packages of one row do not know each other unless ALLOWED says so.
 LAYERS = [
     ["common"],
-    ["config"],
-    ["models", "quantization", "dataset"],
+    ["config", "quantization"],
+    ["models", "dataset"],
     ["memory", "networks"],
     ["diffusion"],
     ["conditioning", "regularizers"],

@@ -13,6 +13,7 @@ from usual_commands import Command, commands
 from musubi_tuner.cli.parser import parse
 from musubi_tuner.cli.scripts import SCRIPTS
 from musubi_tuner.config import rules_caching
+from musubi_tuner.config.rules_quantize import quantize_rules
 from musubi_tuner.config.rules_training import all_rules
 from musubi_tuner.config.unavailable import unavailable
 
@@ -26,6 +27,7 @@ RULES = {
     ],
     "ltx2_cache_text_encoder_outputs.py": lambda p: [*rules_caching.required(p.config), *rules_caching.text(p.config)],
     "ltx2_merge_lora.py": lambda p: [],
+    "ltx2_quantize_model.py": quantize_rules,
 }
 # Files that are not here, and flags that ``...`` stands for.
 EXPECTED = re.compile(r"not found$|is required|^not available in this version|^give --gemma_root")

@@ -86,7 +86,7 @@ def test_without_metadata(write):
 def test_missing_unexpected_and_misshapen_tensors_are_listed_together(write):
     def spoil(state):
         del state[PREFIX + "transformer_blocks.1.attn1.to_q.weight"]
-        state[PREFIX + "transformer_blocks.0.attn1.to_q.weight_scale"] = torch.ones(1)
+        state[PREFIX + "transformer_blocks.0.attn1.to_q.surplus"] = torch.ones(1)
         state[PREFIX + "proj_out.bias"] = torch.zeros(9)
 
     with pytest.raises(UserError) as error:
@@ -94,7 +94,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_together(write):
     message = str(error.value)
     assert "model.safetensors" in message
     assert "1 tensors are missing: transformer_blocks.1.attn1.to_q.weight" in message
-    assert "1 tensors have no place in the model: transformer_blocks.0.attn1.to_q.weight_scale" in message
+    assert "1 tensors have no place in the model: transformer_blocks.0.attn1.to_q.surplus" in message
     assert "proj_out.bias is [9], expected [4]" in message
 
 

@@ -8,6 +8,7 @@ from musubi_tuner.config.caching import CacheLatentsConfig, CacheTextConfig
 from musubi_tuner.config.demo import DemoConfig
 from musubi_tuner.config.inspect import InspectConfig
 from musubi_tuner.config.merge import MergeConfig
+from musubi_tuner.config.quantize import QuantizeModelConfig
 from musubi_tuner.config.sampling import GenerateVideoConfig
 from musubi_tuner.config.training import TrainNetworkConfig
 
@@ -16,6 +17,7 @@ SCRIPTS: Mapping[str, type] = {
     "ltx2_inspect_dataset.py": InspectConfig,
     "ltx2_cache_latents.py": CacheLatentsConfig,
     "ltx2_cache_text_encoder_outputs.py": CacheTextConfig,
+    "ltx2_quantize_model.py": QuantizeModelConfig,
     "ltx2_train_network.py": TrainNetworkConfig,
     "ltx2_generate_video.py": GenerateVideoConfig,
     "ltx2_merge_lora.py": MergeConfig,

@@ -40,18 +40,24 @@ class MemoryConfig:
 class QuantizationConfig:
     """Quantisation of the base weights."""
 
-    fp8_base: bool = flag(False, "base weights in FP8 (not available yet)")
-    fp8_scaled: bool = flag(False, "quantise the base weights to scaled FP8 (not available yet)")
-    nf4_base: bool = flag(False, "base weights in NF4, 4 bit (not available yet)")
-    nf4_block_size: int = flag(32, "weights that share a scale (not available yet)")
+    fp8_base: bool = flag(False, "base weights of the blocks in FP8, half the memory")
+    fp8_scaled: bool = flag(False, "quantise to FP8 while loading; not for files that are FP8 already")
+    nf4_base: bool = flag(False, "base weights of the blocks in NF4, 4 bit, under a third of the memory")
+    nf4_block_size: int = flag(32, "NF4: weights that share a scale; a power of two from 32 to 2048")
+    quantize_device: Literal["cpu", "cuda"] | None = flag(
+        None, "where weights are quantised (not given: where the model is)", values={"gpu": "cuda"}
+    )
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Accuracy of NF4."""
+
     loftq_init: bool = flag(False, "start the LoRA from the error of the 4-bit weights (not available yet)")
     loftq_iters: int = flag(2, "rounds of --loftq_init (not available yet)")
     awq_calibration: bool = flag(False, "scale channels by their activations before quantising (not available yet)")
     awq_alpha: float = flag(0.25, "strength of that scaling, 0 to 1 (not available yet)")
     awq_num_batches: int = flag(8, "batches that it measures (not available yet)")
-    quantize_device: Literal["cpu", "cuda"] | None = flag(
-        None, "where weights are quantised (not available yet)", values={"gpu": "cuda"}
-    )
 
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]

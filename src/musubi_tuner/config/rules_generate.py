@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
+from .rules_memory import quantization
 from .sampling import GenerateVideoConfig
 
 
@@ -53,6 +54,7 @@ def _combinations(config: GenerateVideoConfig) -> Iterable[str]:
         yield f"--lora_multiplier: {given} values for {count} files; give one each, one or none"
     yield from dtypes({"vae_dtype": config.generate.vae_dtype})
     yield from samples(config.decode, mode)
+    yield from quantization(config.quantization)
     if not 0 <= config.guidance.guidance_rescale <= 1:
         yield f"--guidance_rescale: expected 0 to 1, got {config.guidance.guidance_rescale}"
 

@@ -1,10 +1,12 @@
-"""Rules of attention kernels, compilation and the GPU."""
+"""Rules of attention kernels, quantisation, compilation and the GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .memory import CompileConfig, CudaConfig, MemoryConfig
+from .memory import CompileConfig, CudaConfig, MemoryConfig, QuantizationConfig
+
+_BLOCK_SIZES = [2**n for n in range(5, 12)]
 
 
 def attention(memory: MemoryConfig) -> Iterable[str]:
@@ -20,6 +22,25 @@ def attention(memory: MemoryConfig) -> Iterable[str]:
         yield f"{', '.join(given)} exclude each other; give one"
     if memory.sage_attn:
         yield "--sage_attn has no backward pass and cannot train; use --sdpa"
+
+
+def quantization(config: QuantizationConfig) -> Iterable[str]:
+    """One format, and options of the one that is asked for."""
+    if config.fp8_base and config.nf4_base:
+        yield "--fp8_base and --nf4_base exclude each other; give one"
+    if config.fp8_scaled and not config.fp8_base:
+        yield "--fp8_scaled needs --fp8_base"
+    if config.quantize_device is not None and not (config.fp8_base or config.nf4_base):
+        yield "--quantize_device needs --fp8_base or --nf4_base"
+    if config.nf4_block_size != QuantizationConfig().nf4_block_size and not config.nf4_base:
+        yield "--nf4_block_size needs --nf4_base"
+    yield from nf4_block_size(config.nf4_block_size)
+
+
+def nf4_block_size(size: int) -> Iterable[str]:
+    """Sizes that divide every row of the model and that kernels know."""
+    if size not in _BLOCK_SIZES:
+        yield f"--nf4_block_size {size}: expected one of {', '.join(map(str, _BLOCK_SIZES))}"
 
 
 def compilation(config: CompileConfig) -> Iterable[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, file_name, folder, missing, samples
-from .rules_memory import attention, compilation, gpu
+from .rules_memory import attention, compilation, gpu, quantization
 from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .rules_references import references
 from .rules_saving import resume_exists, rotation, uploads
@@ -177,6 +177,7 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     if wants_samples and preview.sample_prompts is None:
         yield "--sample_at_first and --sample_every_n_* need --sample_prompts"
     yield from attention(config.memory)
+    yield from quantization(config.quantization)
     yield from compilation(config.compilation)
     yield from gpu(config.cuda)
     yield from dtypes({"vae_dtype": config.precision.vae_dtype})

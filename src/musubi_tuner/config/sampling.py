@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from .flag import flag
+from .memory import QuantizationConfig
 from .model import CheckpointConfig, GemmaConfig
 
 
@@ -136,3 +137,4 @@ class GenerateVideoConfig:
     lora: GenerateLoraConfig = GenerateLoraConfig()
     conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()
+    quantization: QuantizationConfig = QuantizationConfig()

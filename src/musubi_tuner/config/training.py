@@ -8,7 +8,7 @@ from .compatibility import CompatibilityConfig
 from .data import DataConfig
 from .hub import HubConfig
 from .losses import AudioLossConfig, LossConfig
-from .memory import CompileConfig, CudaConfig, MemoryConfig, QuantizationConfig
+from .memory import CalibrationConfig, CompileConfig, CudaConfig, MemoryConfig, QuantizationConfig
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
 from .network import NetworkConfig
 from .optimizer import OptimizerConfig
@@ -31,6 +31,7 @@ class TrainNetworkConfig:
     precision: PrecisionConfig = PrecisionConfig()
     memory: MemoryConfig = MemoryConfig()
     quantization: QuantizationConfig = QuantizationConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     compilation: CompileConfig = CompileConfig()
     cuda: CudaConfig = CudaConfig()
     data: DataConfig = DataConfig()

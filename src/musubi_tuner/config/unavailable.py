@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-_BASE = "leave it out: the base weights stay in bf16"
 _PARTS = "leave it out: attention and feed-forward layers are computed whole"
 _SDPA = "use --sdpa"
 _OFF = "leave it out"
@@ -19,7 +18,6 @@ NOT_YET: Mapping[str, str] = {
     **dict.fromkeys(("ffn_chunk_target", "ffn_chunk_size"), _PARTS),
     "gradient_checkpointing_cpu_offload": "use --gradient_checkpointing",
     **dict.fromkeys(("blocks_to_swap", "use_pinned_memory_for_block_swap"), _OFF),
-    **dict.fromkeys(("fp8_base", "fp8_scaled", "nf4_base", "nf4_block_size", "quantize_device"), _BASE),
     **dict.fromkeys(("loftq_init", "loftq_iters"), _OFF),
     **dict.fromkeys(("awq_calibration", "awq_alpha", "awq_num_batches"), _OFF),
     "dim_from_weights": "use --network_dim",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from musubi_tuner.assembly.quantization import quantization_settings
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.devices import choose_device
 from musubi_tuner.common.dtypes import parse_dtype
@@ -17,6 +18,7 @@ from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.config.sampling import GenerateVideoConfig
 from musubi_tuner.dataset.fingerprint import RepairCommands
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.quantize import check_quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import absent_modules, create_network_from_weights
@@ -55,6 +57,8 @@ def generate(config: GenerateVideoConfig) -> int:
     prompts = read_prompts(config)
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     checkpoint.require("transformer", "generating")
+    quantization = quantization_settings(config.quantization, device)
+    check_quantization(checkpoint, quantization)
     video_vae = Checkpoint.open(options.vae) if options.vae else None
     decoders = Decoders(
         checkpoint,
@@ -75,7 +79,9 @@ def generate(config: GenerateVideoConfig) -> int:
         prompts, options.sample_prompts, settings.generated, vaes=vaes, cache=_latent_cache(config)
     )
     encoded = _encoded(config, checkpoint, prompts, device=device, dtype=dtype)
-    transformer, _ = assemble_transformer(checkpoint, streams=settings.generated, dtype=dtype, device=device)
+    transformer, _ = assemble_transformer(
+        checkpoint, streams=settings.generated, dtype=dtype, device=device, quantization=quantization
+    )
     apply_loras(transformer, loras, config.lora.lora_multiplier, device)
     results = render_prompts(
         transformer,

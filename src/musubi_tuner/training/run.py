@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from accelerate.utils import broadcast_object_list
 
+from musubi_tuner.assembly.quantization import quantization_settings
 from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.config.notices import without_effect
 from musubi_tuner.config.references import resolve_strategy
@@ -19,6 +20,7 @@ from musubi_tuner.dataset.schema import DatasetConfig
 from musubi_tuner.generation.decode import Decoders
 from musubi_tuner.generation.run import Job
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.quantize import check_quantization
 
 from .data import make_loader, read_datasets, validation_set
 from .dry_run import run_dry_run
@@ -68,6 +70,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     check_references(config, datasets)
     resumed = find_resumed(config)
     compute = make_compute(config)
+    quantization = quantization_settings(config.quantization, compute.device)
+    check_quantization(checkpoint, quantization)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     world_size = compute.accelerator.num_processes
     loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size, device=compute.device)
@@ -77,7 +81,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
     jobs, decoders = _previews(config, checkpoint, datasets, loader.plan.training_set, compute)
-    transformer, network = load_model(config, checkpoint, compute, progress.seed)
+    transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)
     warn_of_rates(config, optimizer)

@@ -27,6 +27,7 @@ from musubi_tuner.diffusion.level_pool import LevelPool
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_logit_mode
 from musubi_tuner.memory.compilation import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
@@ -103,7 +104,11 @@ def network_options(config: TrainNetworkConfig) -> dict[str, str]:
 
 
 def load_model(
-    config: TrainNetworkConfig, checkpoint: Checkpoint, compute: Compute, seed: int
+    config: TrainNetworkConfig,
+    checkpoint: Checkpoint,
+    compute: Compute,
+    seed: int,
+    quantization: Quantization | None,
 ) -> tuple[LTX2Transformer, LoRANetwork]:
     settings = config.network
     module = resolve_network_module(settings.network_module)
@@ -132,6 +137,7 @@ def load_model(
         streams=streams,
         dtype=compute.dtype,
         device=compute.device,
+        quantization=quantization,
         network=make,
         compilation=config.compilation.settings,
         gradient_checkpointing=config.memory.gradient_checkpointing,

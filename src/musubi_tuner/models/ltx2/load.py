@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import bytes_progress
+from musubi_tuner.quantization.linear import pack_linear
+from musubi_tuner.quantization.nf4 import find_kernel
+from musubi_tuner.quantization.packed import Packed, dequantize
+from musubi_tuner.quantization.stored import scale_matrix
 
 from .config import Mode, TransformerConfig
 from .keys import in_mode, transformer_keys
+from .quantize import Quantization, WeightPlan, check_quantization, plan_weights
 from .transformer import LTX2Transformer
 
 if TYPE_CHECKING:
@@ -34,28 +39,88 @@ def load_transformer(
     mode: Mode,
     dtype: torch.dtype,
     device: torch.device | str,
+    quantization: Quantization | None = None,
 ) -> LTX2Transformer:
     """Load the frozen transformer, or the stream of it that ``mode`` asks for.
 
     Only that stream's tensors are read, in the order of the file, each straight to its place: host memory
-    holds little more than what stays there.
+    holds little more than what stays there. With ``quantization`` each weight is quantised before the next is read.
 
     Raises:
-        UserError: before anything is read, when the tensors are not exactly those of the configuration.
+        UserError: before anything is read, when the tensors are not exactly those of the configuration, or are
+            quantised in another way than asked for.
     """
-    shapes = {key: tuple(info.shape) for key, info in checkpoint.tensors.items()}
+    stored = check_quantization(checkpoint, quantization)
+    keys = transformer_keys(checkpoint.tensors)
+    shapes = {key: stored.shape(name, checkpoint.tensors[key]) for name, key in keys.items()}
+    shapes = {key: shapes.get(key, tuple(info.shape)) for key, info in checkpoint.tensors.items()}
     config = TransformerConfig.from_metadata(checkpoint.config.get("transformer"), shapes)
     model = build_transformer(config, mode)
-    keys = {name: key for name, key in transformer_keys(shapes).items() if in_mode(name, mode)}
-    _check_tensors(model, {name: shapes[key] for name, key in keys.items()}, source=str(checkpoint.path))
+    keys = {name: key for name, key in keys.items() if in_mode(name, mode)}
+    parameters = {name: key for name, key in keys.items() if name not in stored.companions}
+    _check_tensors(model, {name: shapes[key] for name, key in parameters.items()}, source=str(checkpoint.path))
 
-    names = {key: name for name, key in keys.items()}
-    sizes = {key: checkpoint.tensors[key].nbytes for key in names}
-    tensors = checkpoint.read(list(names), device=device, dtype=dtype)
-    for key, tensor in bytes_progress(tensors, sizes, desc="transformer"):
-        assign_parameter(model, names[key], tensor)
+    infos = {name: checkpoint.tensors[key] for name, key in parameters.items()}
+    plan = plan_weights(stored, infos, quantization, checkpoint.path.name)
+    if torch.device(device).type == "cuda" and quantization is not None and quantization.kind == "nf4":
+        find_kernel()
+    tensors = _read(checkpoint, keys, parameters, plan, dtype=dtype, device=device, quantization=quantization)
+    sizes = {name: info.nbytes for name, info in infos.items()}
+    for name, tensor in bytes_progress(tensors, sizes, desc="transformer"):
+        if isinstance(tensor, Packed):
+            pack_linear(model, name.removesuffix(".weight"), tensor)
+        else:
+            assign_parameter(model, name, tensor)
     assert_complete(model)
     return model
+
+
+def _read(
+    checkpoint: Checkpoint,
+    keys: dict[str, str],
+    parameters: dict[str, str],
+    plan: WeightPlan,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: Quantization | None,
+) -> Iterator[tuple[str, Tensor | Packed]]:
+    """Every parameter of the model by name: dense in ``dtype`` or packed, on ``device``."""
+    names = {key: name for name, key in parameters.items()}
+
+    def read(wanted: Iterable[str], **options: Any) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in checkpoint.read([parameters[name] for name in wanted], device=device, **options):
+            yield names[key], tensor
+
+    packed = plan.kept | plan.expanded
+    yield from read((n for n in parameters if n not in packed | plan.quantised), dtype=dtype)
+
+    # Scales are a tenth of the weights at most, and stay on the device with them.
+    scale_keys = {keys[scale]: name for name, scale in plan.stored.scales.items() if scale and name in parameters}
+    scales = {}
+    for key, scale in checkpoint.read(scale_keys, device=device, dtype=torch.float32):
+        name = scale_keys[key]
+        shape = plan.stored.shape(name, checkpoint.tensors[parameters[name]])
+        scales[name] = scale_matrix(scale, shape, key)
+    for name, weight in read(n for n in parameters if n in packed):
+        scale = scales.pop(name, None)
+        if name not in plan.kept:
+            yield name, _expanded(weight, scale, dtype)
+        else:
+            yield name, Packed(weight, weight.new_ones(1, 1, dtype=torch.float32) if scale is None else scale)
+
+    if plan.quantised:
+        wanted = [parameters[name] for name in plan.quantised]
+        for key, weight in checkpoint.read(wanted, device=quantization.device):
+            result = plan.method.quantize(weight)
+            yield names[key], Packed(result.weight.to(device), result.scale.to(device))
+
+
+def _expanded(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if scale is None:
+        return weight.to(dtype)
+    dense = dequantize(weight.reshape(weight.shape[0], -1), scale, dtype)
+    return dense if weight.dim() == 2 else dense.view(weight.shape)
 
 
 def assign_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -1,0 +1,38 @@
+"""Flags of ``ltx2_quantize_model.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .flag import flag
+
+
+@dataclass(frozen=True)
+class QuantizeFiles:
+    """Files."""
+
+    input_model: Path | None = flag(None, "the full-precision checkpoint (required)")
+    output_model: Path | None = flag(None, "the NF4 checkpoint to write (required)")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Quantising."""
+
+    nf4_block_size: int = flag(32, "weights that share a scale; a power of two from 32 to 2048")
+    calc_device: Literal["cpu", "cuda"] | None = flag(
+        None, "where weights are quantised (not given: cuda if present, else cpu)", values={"gpu": "cuda"}
+    )
+    loftq_init: bool = flag(False, "write starting values for LoRAs as well (not available yet)")
+    loftq_iters: int = flag(2, "rounds of --loftq_init (not available yet)")
+    network_dim: int = flag(0, "rank of these LoRAs")
+
+
+@dataclass(frozen=True)
+class QuantizeModelConfig:
+    """``ltx2_quantize_model.py``"""
+
+    files: QuantizeFiles = QuantizeFiles()
+    options: QuantizeOptions = QuantizeOptions()

@@ -1,0 +1,36 @@
+"""Quantise the transformer of a checkpoint to NF4 once, instead of at every start."""
+
+from __future__ import annotations
+
+from musubi_tuner.cli.entry import entry
+from musubi_tuner.cli.parser import Parsed
+from musubi_tuner.config.quantize import QuantizeModelConfig
+from musubi_tuner.config.rules_quantize import quantize_rules
+
+
+@entry(
+    QuantizeModelConfig,
+    "Quantise the transformer of an LTX-2 checkpoint to NF4, for --nf4_base.",
+    rules=[quantize_rules],
+)
+def main(parsed: Parsed[QuantizeModelConfig]) -> None:
+    from musubi_tuner.common.devices import choose_device
+    from musubi_tuner.common.tables import format_bytes
+    from musubi_tuner.models.ltx2.quantize_file import quantize_file
+
+    files, options = parsed.config.files, parsed.config.options
+    count = quantize_file(
+        files.input_model,
+        files.output_model,
+        block_size=options.nf4_block_size,
+        device=choose_device(options.calc_device),
+    )
+    before, after = files.input_model.stat().st_size, files.output_model.stat().st_size
+    print(
+        f"wrote {files.output_model}: {count} weights in NF4, {format_bytes(after)} of {format_bytes(before)} "
+        f"({after / before:.0%})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Which weights of the transformer are quantised, and what a request means for a file."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import TensorInfo
+from musubi_tuner.quantization.packed import Fp8, Method, Nf4
+from musubi_tuner.quantization.stored import Stored, read_stored
+
+from .keys import transformer_keys
+
+if TYPE_CHECKING:
+    from musubi_tuner.models.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+# Attention and feed-forward of the blocks. Gates, norms, tables, embeddings and heads stay dense: they are small.
+_TARGET = re.compile(
+    r"transformer_blocks\.\d+\."
+    r"(((audio_)?attn[12]|audio_to_video_attn|video_to_audio_attn)\.(to_[qkv]|to_out\.0)|(audio_)?ff\.net\.(0\.proj|2))"
+    r"\.weight"
+)
+
+
+def is_target(name: str) -> bool:
+    """Whether a tensor of the transformer is a weight that quantising concerns."""
+    return _TARGET.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A request for a quantised transformer.
+
+    Attributes:
+        kind: format to hold.
+        requantise: ``--fp8_scaled``, which is for dense files only.
+        block_size: of NF4; that of a file which is NF4 already wins.
+        device: where weights are quantised.
+    """
+
+    kind: Literal["fp8", "nf4"]
+    requantise: bool = False
+    block_size: int = 32
+    device: torch.device | str = "cpu"
+
+    @property
+    def method(self) -> Method:
+        return Nf4(self.block_size) if self.kind == "nf4" else Fp8()
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """What becomes of the tensors of a file; names are the transformer's.
+
+    Attributes:
+        kept: quantised weights that stay as they are.
+        expanded: quantised weights that become dense.
+        quantised: dense weights that are quantised while they are loaded.
+        method: for those.
+    """
+
+    stored: Stored
+    kept: frozenset[str] = frozenset()
+    expanded: frozenset[str] = frozenset()
+    quantised: frozenset[str] = frozenset()
+    method: Method | None = None
+
+
+def check_quantization(checkpoint: Checkpoint, quantization: Quantization | None) -> Stored:
+    """How the transformer of a file is stored; whether it can be loaded as asked, known from the header alone.
+
+    Raises:
+        UserError: the file is quantised in another way than ``quantization`` asks for.
+    """
+    names = {name: checkpoint.tensors[key] for name, key in transformer_keys(checkpoint.tensors).items()}
+    stored = read_stored(names, checkpoint.metadata, str(checkpoint.path))
+    wanted = quantization.kind if quantization is not None else "dense"
+    if stored.kind == "nf4" and wanted != "nf4":
+        instead = " instead of --fp8_base" if wanted == "fp8" else ""
+        raise UserError(f"{checkpoint.path} holds NF4 weights; add --nf4_base{instead}, or use the original file")
+    if stored.kind == "fp8" and wanted == "nf4":
+        raise UserError(
+            f"{checkpoint.path} holds FP8 weights; --nf4_base needs full precision: use the bf16 file, or --fp8_base"
+        )
+    if stored.kind == "fp8" and quantization is not None and quantization.requantise:
+        raise UserError(f"{checkpoint.path} holds FP8 weights already; leave out --fp8_scaled and keep --fp8_base")
+    return stored
+
+
+def plan_weights(
+    stored: Stored, infos: Mapping[str, TensorInfo], quantization: Quantization | None, source: str
+) -> WeightPlan:
+    """Decide for every weight of a file that passed :func:`check_quantization`; what is notable goes to the log."""
+    packed = frozenset(stored.scales) & infos.keys()
+    if quantization is None:
+        if packed:
+            logger.warning(
+                "%s holds FP8 weights, which become dense: twice the memory; add --fp8_base to keep them", source
+            )
+        return WeightPlan(stored, expanded=packed)
+    if stored.kind != "dense":
+        kept = frozenset(filter(is_target, packed))
+        logger.info("%s: %d weights are %s already", source, len(kept), stored.kind.upper())
+        return WeightPlan(stored, kept=kept, expanded=packed - kept)
+    if quantization.kind == "fp8" and not quantization.requantise:
+        logger.warning("%s is not FP8: quantising it with scales, as --fp8_scaled does", source)
+    targets = {name for name in infos if is_target(name)}
+    fitting = frozenset(name for name in targets if quantization.method.fits(infos[name].shape))
+    if left := len(targets) - len(fitting):
+        logger.warning("%d weights stay dense: their rows are no whole number of quantisation blocks", left)
+    logger.info("quantising %d weights to %s", len(fitting), quantization.kind.upper())
+    return WeightPlan(stored, quantised=fitting, method=quantization.method)

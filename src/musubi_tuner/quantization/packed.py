@@ -1,0 +1,84 @@
+"""Quantised weights of any format as two tensors, and the methods that make them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .fp8 import BLOCK_SIZE, dequantize_fp8, quantize_fp8
+from .nf4 import dequantize_nf4, quantize_nf4
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantised weight [N, K]. What the tensors mean follows from their dtypes and shapes alone.
+
+    Attributes:
+        weight: FP8 [N, K], or two NF4 codes a byte [N, K / 2] uint8.
+        scale: fp32 [1 or N, G]; K / G values of a row share one.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the weight that it stands for."""
+        n, columns = self.weight.shape
+        return n, 2 * columns if is_nf4(self.weight) else columns
+
+
+class Method(Protocol):
+    """A way to quantise."""
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape can be quantised so."""
+        ...
+
+    def quantize(self, weight: Tensor) -> Packed:
+        """``weight`` [N, K] in any floating dtype, on any device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """NF4 with a scale for each ``block_size`` values of a row."""
+
+    block_size: int = 32
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2 and shape[1] % self.block_size == 0
+
+    def quantize(self, weight: Tensor) -> Packed:
+        return Packed(*quantize_nf4(weight, self.block_size))
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """FP8 with a scale for each ``block_size`` values of a row, or for the row where it has no whole number of blocks.
+
+    ``None``: always for the row.
+    """
+
+    block_size: int | None = BLOCK_SIZE
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2
+
+    def quantize(self, weight: Tensor) -> Packed:
+        n, k = weight.shape
+        blocks = 1 if self.block_size is None or k % self.block_size else k // self.block_size
+        return Packed(*quantize_fp8(weight, (n, blocks)))
+
+
+def is_nf4(weight: Tensor) -> bool:
+    """Whether a packed weight is NF4; else it is FP8."""
+    return weight.dtype == torch.uint8
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The two tensors of a :class:`Packed` to the weight [N, K]."""
+    return (dequantize_nf4 if is_nf4(weight) else dequantize_fp8)(weight, scale, dtype)

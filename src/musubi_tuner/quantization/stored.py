@@ -1,0 +1,126 @@
+"""How quantised weights lie in checkpoint files.
+
+===========================  ==========================  ===========================================================
+file                         weight ``X.weight``         beside it
+===========================  ==========================  ===========================================================
+official FP8, ComfyUI        FP8 [N, K]                  ``X.weight_scale``, perhaps ``X.input_scale``, ``.comfy_quant``
+ComfyUI, older               FP8 [N, K]                  ``X.scale_weight``, perhaps ``X.scale_input``, ``scaled_fp8``
+plain cast                   FP8 [N, K]                  nothing: the scale is 1
+NF4 of ltx2_quantize_model   codes [N, K / 2] uint8      ``X.scale_weight`` [N, K / block, 1], ``X.nf4_shape`` [2]
+===========================  ==========================  ===========================================================
+
+The scales of the inputs belong to products in FP8 and are not used here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import TensorInfo
+
+from .fp8 import FP8_DTYPES
+
+Kind = Literal["dense", "fp8", "nf4"]
+
+NF4_MARK = {"nf4_quantized": "true"}
+NF4_BLOCK_KEY = "nf4_block_size"
+SCALE, SHAPE = ".scale_weight", ".nf4_shape"  # of the NF4 file
+_SCALES = (".weight_scale", SCALE)
+_UNUSED = (".input_scale", ".scale_input", ".comfy_quant", SHAPE)
+_SENTINEL = "scaled_fp8"
+_LISTED = 3
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is quantised among the tensors of a model in a file. Names are the model's.
+
+    Attributes:
+        kind: of the file as a whole; single weights of it may be dense.
+        scales: name of a quantised weight to that of its scale, ``None`` for a plain cast.
+        companions: tensors that are no parameters: scales and what comes with them.
+    """
+
+    kind: Kind
+    scales: Mapping[str, str | None] = field(default_factory=dict)
+    companions: frozenset[str] = frozenset()
+
+    def shape(self, name: str, info: TensorInfo) -> tuple[int, ...]:
+        """Shape of a tensor once it is dense."""
+        if self.kind == "nf4" and name in self.scales:
+            return (info.shape[0], 2 * info.shape[1])
+        return info.shape
+
+
+def read_stored(infos: Mapping[str, TensorInfo], metadata: Mapping[str, Any], source: str) -> Stored:
+    """Tell from names, dtypes and metadata how the tensors of a model are stored.
+
+    Raises:
+        UserError: quantised in a way that is not known, or a scale without its weight, or a weight without its scale.
+    """
+    companions = frozenset(n for n in infos if n.endswith((*_SCALES, *_UNUSED)) or n == _SENTINEL)
+    is_nf4 = metadata.get("nf4_quantized") == NF4_MARK["nf4_quantized"]
+    quantised = [n for n, info in infos.items() if n not in companions and _is_packed(info, is_nf4)]
+    _refuse_others(infos, companions, quantised, source)
+    scales = {name: _scale_of(name, infos) for name in quantised}
+    used = set(scales.values())
+    if lost := [n for n in companions if n.endswith(_SCALES) and n not in used]:
+        raise UserError(
+            f"{source}: {len(lost)} scales belong to no quantised weight ({_list(lost)}); the file was changed "
+            "after it was quantised. Use the original"
+        )
+    if is_nf4 and (lost := [name for name, scale in scales.items() if scale is None]):
+        raise UserError(f"{source}: {len(lost)} NF4 weights have no scale ({_list(lost)}); make or download it again")
+    kind: Kind = "nf4" if is_nf4 else "fp8" if quantised else "dense"
+    return Stored(kind, scales, companions)
+
+
+def scale_matrix(scale: Tensor, shape: tuple[int, ...], key: str) -> Tensor:
+    """A scale as it was stored to [1, 1] or [N, G], K / G values sharing one.
+
+    Raises:
+        UserError: it fits no weight of ``shape`` (N, ...), K values a row.
+    """
+    n, k = shape[0], math.prod(shape[1:])
+    groups, rest = divmod(scale.numel(), n)
+    if scale.numel() == 1:
+        return scale.reshape(1, 1)
+    if rest or not groups or k % groups or scale.shape[0] != n:
+        raise UserError(
+            f"{key}: a scale {list(scale.shape)} fits no weight {list(shape)}; expected one, one a row, or equal blocks"
+        )
+    return scale.reshape(n, groups)
+
+
+def _is_packed(info: TensorInfo, is_nf4: bool) -> bool:
+    return info.dtype in FP8_DTYPES or (is_nf4 and info.dtype == torch.uint8 and len(info.shape) == 2)
+
+
+def _scale_of(name: str, infos: Mapping[str, TensorInfo]) -> str | None:
+    layer = name.removesuffix(".weight")
+    return next((layer + suffix for suffix in _SCALES if layer + suffix in infos), None)
+
+
+def _refuse_others(
+    infos: Mapping[str, TensorInfo], companions: frozenset[str], quantised: list[str], source: str
+) -> None:
+    """Integers are weights in a format that nothing here reads."""
+    known = {*companions, *quantised}
+    others = [n for n, info in infos.items() if n not in known and not info.dtype.is_floating_point]
+    if others:
+        names = sorted({str(infos[n].dtype).removeprefix("torch.") for n in others})
+        raise UserError(
+            f"{source}: {len(others)} weights are stored as {', '.join(names)} ({_list(others)}), a quantisation that "
+            "is not supported; use the bf16 or FP8 file, or an NF4 file of ltx2_quantize_model.py"
+        )
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:_LISTED]) + (", ..." if len(names) > _LISTED else "")

@@ -52,10 +52,13 @@ _KEY = re.compile(
     r"(?P<module>.+?)\.(?:(?P<down>lora_down|lora_A|lora\.down)|(?P<up>lora_up|lora_B|lora\.up))(?:\.\w+)?\.weight"
 )
 _ALPHA = ".alpha"
+_DORA = ".dora_scale"
+# Metadata on what lengths of DoRA are divided by when the weight is adapted: not there = the adapted weight's norms.
+DORA_LENGTHS, OVER_BASE = "ss_dora_lengths", "over_base_norm"
 _EXPECTED = "expected pairs of lora_down/lora_up or lora_A/lora_B weights"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UNSUPPORTED = {
-    r".*\.(dora_scale|lora_magnitude_vector.*)": "DoRA",
+    r".*\.lora_magnitude_vector.*": "PEFT DoRA",
     r".*\.lokr_.*": "LyCORIS LoKr",
     r".*\.hada_.*": "LyCORIS LoHa",
     r".*\.oft_blocks": "LyCORIS OFT",
@@ -77,6 +80,7 @@ class ModuleInfo:
     out_features: int
     dtype: torch.dtype
     alpha: float | None = None  # None: the rank
+    dora: bool = False
 
     @property
     def scale(self) -> float:
@@ -91,21 +95,35 @@ class LoraModule:
     down: Tensor  # [r, K]
     up: Tensor  # [N, r]
     alpha: float | None = None  # None: the rank
+    dora_scale: Tensor | None = None  # [N, 1] lengths of the adapted weight's rows
 
     @property
     def info(self) -> ModuleInfo:
         (rank, in_features), out_features = self.down.shape, self.up.shape[0]
         dtype = torch.promote_types(self.down.dtype, self.up.dtype)
-        return ModuleInfo(rank, in_features, out_features, dtype, self.alpha)
+        return ModuleInfo(rank, in_features, out_features, dtype, self.alpha, self.dora_scale is not None)
 
     def delta(self, multiplier: float = 1.0) -> Tensor:
         """The change of the weight, [N, K] in float32."""
         return (self.up.float() * (multiplier * self.info.scale)) @ self.down.float()
 
+    def change(self, weight: Tensor, multiplier: float = 1.0, *, over_base: bool = False) -> Tensor:
+        """What adapting adds to ``weight`` [N, K] (float32). ``over_base``: see :attr:`LoraFile.lengths_over_base`."""
+        if self.dora_scale is None:
+            return self.delta(multiplier)
+        adapted = weight + self.delta()
+        norms = (weight if over_base else adapted).norm(dim=1, keepdim=True)
+        return (adapted * (self.dora_scale.float() / norms.clamp(min=1e-30)) - weight) * multiplier
+
     def folded(self, multiplier: float = 1.0) -> LoraModule:
         """The delta times ``multiplier``, with alpha = r; ``up`` becomes float32 unless nothing changes."""
         scale = multiplier * self.info.scale
-        return LoraModule(self.down, self.up if scale == 1 else self.up.float() * scale)
+        return replace(self, up=self.up if scale == 1 else self.up.float() * scale, alpha=None)
+
+    def on(self, device: torch.device) -> LoraModule:
+        """The same on another device."""
+        lengths = None if self.dora_scale is None else self.dora_scale.to(device)
+        return replace(self, down=self.down.to(device), up=self.up.to(device), dora_scale=lengths)
 
     def to(self, dtype: torch.dtype) -> LoraModule:
         return replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
@@ -120,11 +138,21 @@ class LoraFile:
     format: Format = "native"
     source: str = "the LoRA"  # what messages call it
 
+    @property
+    def lengths_over_base(self) -> bool:
+        """Whether the lengths of DoRA are those that ComfyUI divides by the base weight's norms."""
+        return _lengths_over_base(self.metadata)
+
+
+def _lengths_over_base(metadata: Mapping[str, str]) -> bool:
+    return metadata.get(DORA_LENGTHS) == OVER_BASE
+
 
 @dataclass(frozen=True)
 class _Keys:
     down: str
     up: str
+    dora: str | None = None
 
 
 # --- reading ---
@@ -170,6 +198,11 @@ class LoraReader:
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
 
+    @property
+    def lengths_over_base(self) -> bool:
+        """See :attr:`LoraFile.lengths_over_base`."""
+        return _lengths_over_base(self.metadata)
+
     def read(self, name: str) -> LoraModule:
         """Factors of one module, by canonical name.
 
@@ -178,9 +211,10 @@ class LoraReader:
         """
         keys = self._keys[name]
         down, up = (_readable(self._file.read_one(k)) for k in (keys.down, keys.up))
-        if not (down.isfinite().all() and up.isfinite().all()):
+        lengths = _readable(self._file.read_one(keys.dora)) if keys.dora else None
+        if not all(t.isfinite().all() for t in (down, up, lengths) if t is not None):
             raise UserError(f"{self.path}: {name} holds NaN or infinity; the LoRA is broken")
-        return LoraModule(down, up, self.infos[name].alpha)
+        return LoraModule(down, up, self.infos[name].alpha, lengths)
 
     def read_all(self) -> LoraFile:
         return LoraFile({name: self.read(name) for name in self.infos}, self.metadata, self.format, str(self.path))
@@ -194,7 +228,7 @@ class LoraReader:
             match = _KEY.fullmatch(key)
             if match is None:
                 _check_other_key(key)
-                if not key.endswith(_ALPHA):
+                if not key.endswith((_ALPHA, _DORA)):
                     ignored.append(key)
                 continue
             role = "down" if match["down"] else "up"
@@ -209,7 +243,10 @@ class LoraReader:
         if ignored:
             logger.warning("%s: %d tensors are no part of a LoRA, such as %s", self.path, len(ignored), ignored[0])
         self.ignored = tuple(ignored)
-        return {name: _Keys(**roles) for name, roles in found.items()}
+        lengths = {canonical_name(key.removesuffix(_DORA)): key for key in keys if key.endswith(_DORA)}
+        if stray := lengths.keys() - found.keys():
+            raise UserError(f"{lengths[stray.pop()]} belongs to no pair of factors; the file is incomplete")
+        return {name: _Keys(**roles, dora=lengths.get(name)) for name, roles in found.items()}
 
     def _check_pairs(self, found: Mapping[str, Mapping[str, str]], foreign: set[str], keys: list[str]) -> None:
         if not found and not foreign:
@@ -231,7 +268,10 @@ class LoraReader:
         if down.shape[0] == 0:
             raise UserError(f"{name} has rank 0")
         dtype = torch.promote_types(*(_read_dtype(info, name) for info in (down, up)))
-        return ModuleInfo(down.shape[0], down.shape[1], up.shape[0], dtype)
+        if keys.dora is not None and self._file.tensors[keys.dora].shape != (up.shape[0], 1):
+            shape = list(self._file.tensors[keys.dora].shape)
+            raise UserError(f"{keys.dora} is {shape}, expected {[up.shape[0], 1]}: one length for each output")
+        return ModuleInfo(down.shape[0], down.shape[1], up.shape[0], dtype, dora=keys.dora is not None)
 
     def _add_alphas(self) -> None:
         """Fill in alpha from the tensors, else from PEFT's configuration."""
@@ -273,7 +313,7 @@ def _check_other_key(key: str) -> None:
     """Complain about a key that changes the result but is not understood."""
     for pattern, kind in _UNSUPPORTED.items():
         if re.fullmatch(pattern, key):
-            raise UserError(f"{key}: a {kind} file; only plain LoRA (down/up pairs) is supported")
+            raise UserError(f"{key}: a {kind} file; only LoRA and DoRA (down/up pairs) are supported")
 
 
 def _read_dtype(info: TensorInfo, name: str) -> torch.dtype:
@@ -361,6 +401,8 @@ def write_lora(
         UserError: not finite.
     """
     flat = fmt in ("native", "musubi")
+    if fmt == "diffusers" and any(info.dora for info in infos.values()):
+        raise UserError("DoRA cannot be saved for diffusers, which reads no lengths; use the ComfyUI format")
     suffixes = ("lora_down", "lora_up") if flat else ("lora_A", "lora_B")
     specs, roles = [], {}
     for name, info in infos.items():
@@ -372,6 +414,9 @@ def write_lora(
         if flat or emit_alpha:
             specs.append(TensorSpec(spelled + _ALPHA, torch.float32, ()))
             roles[spelled + _ALPHA] = (name, "alpha")
+        if info.dora:  # as exact as alpha: rounded to half precision, lengths lose what was trained
+            specs.append(TensorSpec(spelled + _DORA, torch.float32, (info.out_features, 1)))
+            roles[spelled + _DORA] = (name, "dora_scale")
 
     current: dict[str, LoraModule] = {}  # the module at hand; both factors follow one another in the file
 
@@ -386,14 +431,15 @@ def write_lora(
             _check_finite(name, module, require_finite)
             current.clear()
             current[name] = module
-        return getattr(current[name], role)
+        tensor = getattr(current[name], role)
+        return tensor.float() if role == "dora_scale" else tensor
 
     kept = {k: v for k, v in metadata.items() if k != _PEFT_METADATA}  # its alpha no longer holds
     return write_safetensors(path, specs, tensor, {"format": "pt", **kept}, check=check)
 
 
 def _check_finite(name: str, module: LoraModule, required: bool) -> None:
-    if module.down.isfinite().all() and module.up.isfinite().all():
+    if all(t.isfinite().all() for t in (module.down, module.up, module.dora_scale) if t is not None):
         return
     dtype = dtype_name(module.down.dtype)
     message = f"{name} holds NaN or infinity as {dtype}"

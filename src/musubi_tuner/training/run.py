@@ -37,6 +37,7 @@ from .setup import (
     Compute,
     audio_watch,
     check_choices,
+    check_model,
     load_model,
     loop_settings,
     make_compute,
@@ -73,6 +74,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     compute = make_compute(config)
     quantization = quantization_settings(config.quantization, compute.device)
     check_quantization(checkpoint, quantization)
+    check_model(config, checkpoint)
     check_memory(config.memory.settings, checkpoint, device=compute.device, dtype=compute.dtype)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     world_size = compute.accelerator.num_processes

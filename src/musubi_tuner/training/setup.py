@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,11 +28,15 @@ from musubi_tuner.diffusion.level_pool import LevelPool
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_logit_mode
 from musubi_tuner.memory.compilation import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.config import Mode
+from musubi_tuner.models.ltx2.load import Edits, check_editable, transformer_shapes
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+from musubi_tuner.networks.base_weights import open_base_weights, weight_edits
 from musubi_tuner.networks.formats import LoraReader
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork
-from musubi_tuner.networks.resolve import resolve_network_module
+from musubi_tuner.networks.lora_ltx2 import LoRANetwork, check_arguments, check_file_arguments
+from musubi_tuner.networks.network_args import parse_network_args
+from musubi_tuner.networks.resolve import BUILT_IN, resolve_network_module
 
 from .audio_watch import AudioWatch
 from .distributed import check_launch
@@ -103,6 +108,51 @@ def network_options(config: TrainNetworkConfig) -> dict[str, str]:
     return options
 
 
+def file_options(config: TrainNetworkConfig) -> dict[str, Any]:
+    """Options of a network whose modules are those of a file."""
+    options = {k: v for k, v in network_options(config).items() if k != "lora_target_preset"}
+    return {"dropout": config.network.network_dropout, **options}
+
+
+def check_model(config: TrainNetworkConfig, checkpoint: Checkpoint) -> None:
+    """Say before the transformer is loaded what cannot be adapted in it or merged into it.
+
+    Raises:
+        UserError: network options or files of ``--base_weights`` that do not fit the checkpoint.
+    """
+    settings = config.network
+    shapes = transformer_shapes(checkpoint, built_streams(config))
+    if settings.dim_from_weights:
+        if settings.network_dim is not None:
+            logger.warning("--network_dim has no effect: --dim_from_weights takes the ranks of --network_weights")
+    elif settings.network_module in BUILT_IN:
+        linears = [
+            n.removesuffix(".weight") for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 2
+        ]
+        check_arguments(
+            linears,
+            settings.network_dim,
+            settings.network_alpha,
+            dropout=settings.network_dropout,
+            **network_options(config),
+        )
+    base_edits(config, shapes)
+    if settings.base_weights:
+        check_editable(checkpoint)
+
+
+def base_edits(config: TrainNetworkConfig, shapes: Mapping[str, tuple[int, ...]]) -> Edits:
+    """What ``--base_weights`` makes of the base model's weights."""
+    settings = config.network
+    return weight_edits(open_base_weights(settings.base_weights, settings.base_weights_multiplier), shapes)
+
+
+def built_streams(config: TrainNetworkConfig) -> Mode:
+    """Which streams of the transformer are built."""
+    mode = config.checkpoint.ltx2_mode
+    return "av" if mode == "audio" and not config.version.ltx2_audio_only_model else mode
+
+
 def load_model(
     config: TrainNetworkConfig,
     checkpoint: Checkpoint,
@@ -114,6 +164,9 @@ def load_model(
     module = resolve_network_module(settings.network_module)
 
     def make(transformer: LTX2Transformer) -> LoRANetwork:
+        if settings.dim_from_weights:
+            options = file_options(config)
+            return module.create_network_from_weights(1.0, settings.network_weights, transformer, **options)
         return module.create_network(
             1.0,
             settings.network_dim,
@@ -123,10 +176,8 @@ def load_model(
             **network_options(config),
         )
 
-    mode = config.checkpoint.ltx2_mode
-    streams = mode
-    if mode == "audio" and not config.version.ltx2_audio_only_model:
-        streams = "av"
+    streams = built_streams(config)
+    if streams != config.checkpoint.ltx2_mode:
         logger.info(
             "mode audio with the whole transformer: modules of the attention between the streams get no gradient, "
             "since there is no video; --ltx2_audio_only_model leaves them out and loads a sixth of the weights"
@@ -138,11 +189,12 @@ def load_model(
         dtype=compute.dtype,
         device=compute.device,
         quantization=quantization,
+        edits=base_edits(config, transformer_shapes(checkpoint, streams)) if settings.base_weights else None,
         network=make,
         compilation=config.compilation.settings,
         memory=config.memory.settings,
     )
-    if settings.network_weights is not None:
+    if settings.network_weights is not None and not settings.dim_from_weights:
         network.load_weights(settings.network_weights)
     if config.precision.full_fp16 or config.precision.full_bf16:
         network.to(dtype=compute.dtype)
@@ -271,6 +323,12 @@ def check_choices(config: TrainNetworkConfig) -> None:
     check_trackers(config.tracking)
     if config.compilation.settings is not None:
         check_backend(config.compilation.settings)
-    check_optimizer(config.optimizer, config.network, network_options(config).get("loraplus_lr_ratio"))
+    options = network_options(config)
+    check_optimizer(config.optimizer, config.network, options.get("loraplus_lr_ratio"))
+    if config.network.network_module in BUILT_IN:
+        parse_network_args(options)
+        if config.network.dim_from_weights:
+            check_file_arguments(file_options(config))
     if config.network.network_weights is not None:
         LoraReader(config.network.network_weights)  # says what is wrong with the file
+    open_base_weights(config.network.base_weights, config.network.base_weights_multiplier)

@@ -44,15 +44,18 @@ class SharedProjections:
         return (*self._read(PROJECTIONS[:1], x), *self._read(PROJECTIONS[1:], context))
 
     def _read(self, names: Sequence[str], x: Tensor) -> list[Tensor]:
-        if not self._switch.on:
-            return [getattr(self._attention, name)(x) for name in names]
-        together = [name for name in names if name in self._adapted]
-        outputs = (
-            dict(zip(together, adapt_together([self._adapted[n] for n in together], x), strict=True))
-            if together
-            else {}
-        )
+        outputs: dict[str, Tensor] = {}
+        if self._switch.on:
+            together = [name for name in names if name in self._adapted and not self._is_watched(name)]
+            if len(together) > 1:
+                products = adapt_together([self._adapted[name] for name in together], x)
+                outputs = dict(zip(together, products, strict=True))
         return [outputs[name] if name in outputs else getattr(self._attention, name)(x) for name in names]
+
+    def _is_watched(self, name: str) -> bool:
+        """Whether hooks wait for the layer to be called by itself."""
+        layer = getattr(self._attention, name)
+        return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def share_inputs(transformer: nn.Module, modules: Mapping[str, LoRALinear]) -> list[SharedProjections]:

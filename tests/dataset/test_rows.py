@@ -17,7 +17,8 @@ def fill(rows: Rows, role: str, count: int, shape: tuple[int, ...] = (3, 4), sta
 def test_rows_of_a_role_are_stacked_without_a_copy():
     tensors = fill(Rows(3, BlockPool()), "video", 3)
     stacked = stack(tensors)
-    assert stacked.shape == (3, 3, 4) and stacked.is_contiguous()
+    assert stacked.shape == (3, 3, 4)
+    assert stacked.is_contiguous()
     assert stacked.data_ptr() == tensors[0].data_ptr()
     assert torch.equal(stacked, torch.arange(3.0)[:, None, None].expand(3, 3, 4))
 
@@ -59,11 +60,13 @@ def test_memory_in_use_is_not_handed_out_again():
     pool = BlockPool()
     held = stack(fill(Rows(2, pool), "video", 2, start=5))
     other = stack(fill(Rows(2, pool), "video", 2, start=7))
-    assert held[:, 0, 0].tolist() == [5, 6] and other[:, 0, 0].tolist() == [7, 8]
+    assert held[:, 0, 0].tolist() == [5, 6]
+    assert other[:, 0, 0].tolist() == [7, 8]
     part, address = held[1], held.data_ptr()
     del held
     third = stack(fill(Rows(2, pool), "video", 2, start=9))
-    assert part[0, 0] == 6 and third.data_ptr() != address
+    assert part[0, 0] == 6
+    assert third.data_ptr() != address
     del part, third, other
     assert Rows(2, pool).take("video", (3, 4), torch.float32).data_ptr() == address
 

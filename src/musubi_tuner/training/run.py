@@ -74,7 +74,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     compute = make_compute(config)
     quantization = quantization_settings(config.quantization, compute.device)
     check_quantization(checkpoint, quantization)
-    check_model(config, checkpoint)
+    edits = check_model(config, checkpoint)
     check_memory(config.memory.settings, checkpoint, device=compute.device, dtype=compute.dtype)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     world_size = compute.accelerator.num_processes
@@ -85,7 +85,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
     jobs, decoders = _previews(config, checkpoint, datasets, loader.plan.training_set, compute)
-    transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization)
+    transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization, edits)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)
     warn_of_rates(config, optimizer)

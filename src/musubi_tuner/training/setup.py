@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -114,8 +114,8 @@ def file_options(config: TrainNetworkConfig) -> dict[str, Any]:
     return {"dropout": config.network.network_dropout, **options}
 
 
-def check_model(config: TrainNetworkConfig, checkpoint: Checkpoint) -> None:
-    """Say before the transformer is loaded what cannot be adapted in it or merged into it.
+def check_model(config: TrainNetworkConfig, checkpoint: Checkpoint) -> Edits:
+    """What ``--base_weights`` makes of the weights; says before they are loaded what does not fit them.
 
     Raises:
         UserError: network options or files of ``--base_weights`` that do not fit the checkpoint.
@@ -136,14 +136,8 @@ def check_model(config: TrainNetworkConfig, checkpoint: Checkpoint) -> None:
             dropout=settings.network_dropout,
             **network_options(config),
         )
-    base_edits(config, shapes)
     if settings.base_weights:
         check_editable(checkpoint)
-
-
-def base_edits(config: TrainNetworkConfig, shapes: Mapping[str, tuple[int, ...]]) -> Edits:
-    """What ``--base_weights`` makes of the base model's weights."""
-    settings = config.network
     return weight_edits(open_base_weights(settings.base_weights, settings.base_weights_multiplier), shapes)
 
 
@@ -159,6 +153,7 @@ def load_model(
     compute: Compute,
     seed: int,
     quantization: Quantization | None,
+    edits: Edits,
 ) -> tuple[LTX2Transformer, LoRANetwork]:
     settings = config.network
     module = resolve_network_module(settings.network_module)
@@ -189,7 +184,7 @@ def load_model(
         dtype=compute.dtype,
         device=compute.device,
         quantization=quantization,
-        edits=base_edits(config, transformer_shapes(checkpoint, streams)) if settings.base_weights else None,
+        edits=edits,
         network=make,
         compilation=config.compilation.settings,
         memory=config.memory.settings,

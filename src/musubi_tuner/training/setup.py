@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from musubi_tuner.assembly.quantization import LoftQRequest
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.cuda import configure_cuda
@@ -103,12 +104,19 @@ def network_options(config: TrainNetworkConfig) -> dict[str, str]:
     return options
 
 
+def streams_built(config: TrainNetworkConfig) -> str:
+    """Which modules of the transformer a run has: ``video``, ``av`` or ``audio``."""
+    mode = config.checkpoint.ltx2_mode
+    return "av" if mode == "audio" and not config.version.ltx2_audio_only_model else mode
+
+
 def load_model(
     config: TrainNetworkConfig,
     checkpoint: Checkpoint,
     compute: Compute,
     seed: int,
     quantization: Quantization | None,
+    loftq: LoftQRequest | None = None,
 ) -> tuple[LTX2Transformer, LoRANetwork]:
     settings = config.network
     module = resolve_network_module(settings.network_module)
@@ -123,10 +131,8 @@ def load_model(
             **network_options(config),
         )
 
-    mode = config.checkpoint.ltx2_mode
-    streams = mode
-    if mode == "audio" and not config.version.ltx2_audio_only_model:
-        streams = "av"
+    streams = streams_built(config)
+    if streams != config.checkpoint.ltx2_mode:
         logger.info(
             "mode audio with the whole transformer: modules of the attention between the streams get no gradient, "
             "since there is no video; --ltx2_audio_only_model leaves them out and loads a sixth of the weights"
@@ -141,6 +147,7 @@ def load_model(
         network=make,
         compilation=config.compilation.settings,
         memory=config.memory.settings,
+        loftq=loftq,
     )
     if settings.network_weights is not None:
         network.load_weights(settings.network_weights)

@@ -29,7 +29,7 @@ def main(parsed: Parsed[MergeModelConfig]) -> None:
     rows = [[r.path.name, r.format, f"{m:g}", len(r.infos)] for r, m in zip(readers, multipliers, strict=True)]
     print(format_table(["file", "format", "multiplier", "modules"], rows))
     fp8 = f", {done.fp8} in FP8" if done.fp8 else ""
-    print(f"merged into {done.merged} of {done.weights} tensors{fp8}; rounding costs {done.lost:.2%} of the change")
+    print(f"merged into {done.merged} of {done.weights} tensors{fp8}; rounding error {done.lost:.2%} of the change")
     print(f"wrote {files.save_merged_model} ({format_bytes(files.save_merged_model.stat().st_size)})")
 
 

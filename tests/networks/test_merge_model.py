@@ -130,7 +130,7 @@ def test_change_that_rounding_removes_is_told(tmp_path, capsys):
     merge(base, [tiny])
     printed = capsys.readouterr()
     assert "keep the LoRA as a file of its own" in printed.err
-    lost = float(printed.out.split("rounding costs ")[1].split("%")[0])
+    lost = float(printed.out.split("rounding error ")[1].split("%")[0])
     assert 50 < lost < 200
 
 

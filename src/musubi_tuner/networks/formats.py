@@ -98,10 +98,9 @@ class LoraModule:
         dtype = torch.promote_types(self.down.dtype, self.up.dtype)
         return ModuleInfo(rank, in_features, out_features, dtype, self.alpha)
 
-    def delta(self, multiplier: float = 1.0, device: torch.device | str | None = None) -> Tensor:
-        """The change of the weight, [N, K] in float32, computed on ``device`` (not given: where the factors are)."""
-        up, down = self.up.to(device).float(), self.down.to(device).float()
-        return (up * (multiplier * self.info.scale)) @ down
+    def delta(self, multiplier: float = 1.0) -> Tensor:
+        """The change of the weight, [N, K] in float32."""
+        return (self.up.float() * (multiplier * self.info.scale)) @ self.down.float()
 
     def folded(self, multiplier: float = 1.0) -> LoraModule:
         """The delta times ``multiplier``, with alpha = r; ``up`` becomes float32 unless nothing changes."""

@@ -23,6 +23,7 @@ from musubi_tuner.common.safetensors_io import write_streamed
 from musubi_tuner.models.ltx2.keys import transformer_keys
 from musubi_tuner.models.ltx2.quantize import is_target
 from musubi_tuner.quantization.fp8 import FP8_DTYPES, dequantize_fp8, quantize_fp8
+from musubi_tuner.quantization.rows import row_chunks
 
 from .base_weights import BaseWeights
 from .formats import LoraReader
@@ -45,7 +46,7 @@ class MergedModel:
         merged: weights that LoRAs changed.
         weights: all of the checkpoint's tensors that were written.
         fp8: those of them in FP8.
-        lost: |stored - exact| / |change| over all merged weights: the share of the change that rounding costs.
+        lost: |stored - exact| / |change| over all merged weights: of FP8, that of quantising.
     """
 
     merged: int
@@ -105,11 +106,11 @@ def merge_into_model(
     metadata = _metadata(base, forms, loras, output)
     write_streamed(target, infos, _tensors(base, parts, forms, device, total), metadata)
     fp8 = sum(form.dtype in FP8_DTYPES for form in forms.values())
-    if total.lost > _ROUNDED_AWAY:
+    if total.lost > _ROUNDED_AWAY and output != "fp8":
         logger.warning(
-            "rounding costs %.0f %% of the change that the LoRA makes: it is small beside the weights; keep the LoRA "
+            "rounding moves the weights by %.0f %% of the LoRA's change, which is small beside them; keep the LoRA "
             "as a file of its own, or write a wider --dtype",
-            100 * min(total.lost, 1),
+            100 * total.lost,
         )
     return MergedModel(len(parts), len(infos), fp8, total.lost)
 
@@ -177,57 +178,85 @@ def _tensors(
             if form.scale is not None:
                 yield form.scale[0], base.file.read_one(form.scale[0])
             continue
-        weight = base.dense(name, tensor).to(device)
-        if name in parts:
-            change = _change(name.removesuffix(".weight"), parts[name], device)
-            weight += change
-            total.change += float(change.square().sum(dtype=torch.float64))
-            del change
-        stored, scale = _stored(weight, form, name)
-        if name in parts:
-            total.error += float((_dense(stored, scale) - weight).square().sum(dtype=torch.float64))
+        stored, scale = _merged(base, name, tensor, _Delta(parts.get(name, ()), name, device), form, total)
         yield key, stored
         if form.scale is not None:
             yield form.scale[0], scale.to(form.scale[1]).reshape(form.scale[2])
 
 
-def _change(module: str, parts: Sequence[tuple[LoraReader, float]], device: torch.device | str) -> Tensor:
-    """The sum of the deltas of one module, [N, K] in float32."""
-    first, *rest = parts
-    change = first[0].read(module).delta(first[1], device)
-    for reader, multiplier in rest:
-        change += reader.read(module).delta(multiplier, device)
-    return change
+class _Delta:
+    """The sum of the deltas of one module, made a few rows at a time."""
+
+    def __init__(self, parts: Sequence[tuple[LoraReader, float]], name: str, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        modules = [r.read(name.removesuffix(".weight")).folded(m).to(torch.float32) for r, m in parts]
+        self._up = torch.cat([m.up for m in modules], dim=1).to(device) if modules else None  # [N, R]
+        self._down = torch.cat([m.down for m in modules]).to(device) if modules else None  # [R, K]
+
+    def rows(self, rows: slice) -> Tensor | None:
+        return None if self._up is None else self._up[rows] @ self._down
 
 
-def _stored(weight: Tensor, form: _Form, name: str) -> tuple[Tensor, Tensor | None]:
-    """A weight as it is written, and its scale [1 or N, G].
+def _merged(
+    base: BaseWeights, name: str, tensor: Tensor, delta: _Delta, form: _Form, total: _Sum
+) -> tuple[Tensor, Tensor | None]:
+    """A weight with its deltas in the form in which it is written, and its scale [1 or N, G].
 
     Raises:
         UserError: it is not finite so.
     """
-    if not weight.isfinite().all():
-        raise UserError(f"{name} is not finite once merged; lower --lora_multiplier")
-    if form.scale is not None:
-        count = torch.Size(form.scale[2]).numel()
-        shape = (1, 1) if count == 1 else (weight.shape[0], count // weight.shape[0])
-        # The scale is what its dtype holds: rounding it after dividing by it would cost accuracy.
-        quantised, scale = quantize_fp8(weight, shape)
-        if form.scale[1] != torch.float32:
-            scale = scale.to(form.scale[1]).float()
-            largest = torch.finfo(_E4M3).max
-            shares = weight.view(weight.shape[0], shape[1], -1) / scale.unsqueeze(-1)
-            quantised = shares.clamp_(-largest, largest).to(_E4M3).view_as(weight)
+    rows_of = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
+    stored_scale = base.scale(name)
+    limit = torch.finfo(form.dtype).max
+    exact = form.dtype if form.scale is None else torch.float32
+    result = torch.empty(rows_of.shape, dtype=exact)
+    for rows in row_chunks(*rows_of.shape):
+        weight = _dense(rows_of[rows], _rows_of_scale(stored_scale, rows)).to(delta.device)
+        change = delta.rows(rows)
+        if change is not None:
+            weight += change
+            total.change += float(torch.linalg.vector_norm(change)) ** 2
+        largest = max(abs(float(v)) for v in torch.aminmax(weight))
+        if not largest <= (torch.finfo(torch.float32).max if form.dtype in FP8_DTYPES else limit):
+            raise UserError(f"{name} overflows as {dtype_name(form.dtype)} once merged, or is not finite")
+        stored = (weight.clamp(-limit, limit) if form.scale is None and largest > limit else weight).to(exact)
+        if change is not None and form.scale is None:
+            total.error += float(torch.linalg.vector_norm(weight - stored.float())) ** 2
+        _as_bytes(result)[rows] = _as_bytes(stored.cpu())
+    if form.scale is None:
+        return result.view(tensor.shape), None
+    quantised, scale = _quantised(result, form)
+    if delta.rows(slice(0, 1)) is not None:
+        total.error += float(torch.linalg.vector_norm(_dense(quantised, scale).sub_(result))) ** 2
+    return quantised.view(tensor.shape), scale
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Rows of bytes: PyTorch does not copy FP8 into a slice on every device."""
+    return tensor.view(torch.uint8)
+
+
+def _rows_of_scale(scale: Tensor | None, rows: slice) -> Tensor | None:
+    return scale if scale is None or scale.shape[0] == 1 else scale[rows]
+
+
+def _quantised(weight: Tensor, form: _Form) -> tuple[Tensor, Tensor]:
+    """e4m3 and a scale [1 or N, G] that the scale's dtype holds exactly."""
+    count = torch.Size(form.scale[2]).numel()
+    shape = (1, 1) if count == 1 else (weight.shape[0], count // weight.shape[0])
+    quantised, scale = quantize_fp8(weight, shape)
+    if form.scale[1] == torch.float32:
         return quantised, scale
-    stored = weight.clamp(*(s * torch.finfo(form.dtype).max for s in (-1, 1))) if form.dtype in FP8_DTYPES else weight
-    stored = stored.to(form.dtype)
-    if not stored.float().isfinite().all():
-        raise UserError(f"{name} overflows as {dtype_name(form.dtype)} once merged; choose another --dtype")
-    return stored, None
+    # Rounding the scale after dividing by it would cost accuracy.
+    scale = scale.to(form.scale[1]).float()
+    largest = torch.finfo(_E4M3).max
+    shares = weight.view(weight.shape[0], shape[1], -1) / scale.unsqueeze(-1)
+    return shares.clamp_(-largest, largest).to(_E4M3).view_as(weight), scale
 
 
 def _dense(stored: Tensor, scale: Tensor | None) -> Tensor:
-    return stored.float() if scale is None else dequantize_fp8(stored, scale, torch.float32)
+    """Rows of a tensor in float32, memory of its own."""
+    return stored.to(torch.float32, copy=True) if scale is None else dequantize_fp8(stored, scale, torch.float32)
 
 
 def _metadata(

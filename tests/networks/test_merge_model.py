@@ -180,3 +180,14 @@ def test_nan_and_nf4_are_refused(tmp_path, base, lora, capsys):
         merge(nf4, [lora])
     assert "holds NF4 weights, which are too coarse" in capsys.readouterr().err
     assert not (tmp_path / "merged.safetensors").exists()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_rows_at_a_time_give_what_whole_weights_give(tmp_path, lora, monkeypatch, fp8):
+    save = save_fp8_checkpoint if fp8 else save_checkpoint
+    base = save(tmp_path / "base.safetensors", tiny_weights(dtype=torch.bfloat16))
+    whole = contents(merge(base, [lora]))
+    monkeypatch.setattr("musubi_tuner.quantization.rows._ELEMENTS", 100)  # three rows of 32
+    parts = contents(merge(base, [lora]))
+    for key, tensor in whole.items():
+        torch.testing.assert_close(parts[key].float(), tensor.float(), rtol=2**-3 if fp8 else 2**-7, atol=1e-6)

@@ -5,7 +5,7 @@ of its own: merges it into bf16 and into FP8, merges it into that FP8 file, and 
 peak of the process's own memory over what it had before, against the largest weight in float32. ``--extract`` also
 extracts the LoRA again, which takes minutes on a CPU.
 
-    python benchmarks/merge_memory.py --size_gb 4 --limit_gb 2
+    python benchmarks/merge_memory.py --size_gb 2 --limit_gb 1
 """
 
 from __future__ import annotations

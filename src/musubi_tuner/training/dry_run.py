@@ -6,7 +6,8 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +46,10 @@ def run_dry_run(
     """Try the largest batch of each bucket, the largest of all first; 1 when one did not fit into memory."""
     specs = largest_of_buckets(plan, silence=task.silence_weight is not None)
     trials = []
-    for number, spec in enumerate(specs, start=1):
-        logger.info("dry run: batch %d of %d, %s", number, len(specs), describe(plan, spec))
-        trials.append(try_batch(transformer, parameters, plan, spec, task))
+    with _freed_at_once(parameters) if config.optimizer.fused_backward_pass else nullcontext():
+        for number, spec in enumerate(specs, start=1):
+            logger.info("dry run: batch %d of %d, %s", number, len(specs), describe(plan, spec))
+            trials.append(try_batch(transformer, parameters, plan, spec, task))
     rows = [_row(plan, spec, trial, task) for spec, trial in zip(specs, trials, strict=True)]
     headers = ["batch", "tokens", "seconds", "peak memory", "loss"]
     logger.info(format_table(headers, rows, title="Dry run: forward and backward of the largest batch of each bucket"))
@@ -57,6 +59,21 @@ def run_dry_run(
         return 1
     logger.info("dry run passed: nothing was trained or written")
     return 0
+
+
+@contextmanager
+def _freed_at_once(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Gradients go as they come, as where each weight is stepped within the backward pass."""
+
+    def free(parameter: torch.nn.Parameter) -> None:
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(free) for p in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def largest_of_buckets(plan: BatchPlan, *, silence: bool = False) -> list[BatchSpec]:

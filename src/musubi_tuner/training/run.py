@@ -27,7 +27,15 @@ from .calibration import calibrated
 from .data import make_loader, read_datasets, validation_set
 from .dry_run import run_dry_run
 from .hub import make_uploader
-from .optimization import make_optimizer, parameter_names, warn_of_rates, weight_actions, weight_average
+from .optimization import (
+    check_fused_backward,
+    fused_backward_pass,
+    make_optimizer,
+    parameter_names,
+    warn_of_rates,
+    weight_actions,
+    weight_average,
+)
 from .outlook import by_stream
 from .plan import report_plan, run_facts
 from .previews import Previewer, make_decoders, prepare_jobs, wants_previews, warn_of_other_connectors
@@ -73,6 +81,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     check_references(config, datasets)
     resumed = find_resumed(config)
     compute = make_compute(config)
+    world_size = compute.accelerator.num_processes
+    check_fused_backward(config.optimizer, compute.mixed_precision, world_size, compute.device)
     quantization = quantization_settings(config.quantization, compute.device, config.calibration)
     check_quantization(checkpoint, quantization)
     loftq = loftq_request(
@@ -80,7 +90,6 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     )
     check_memory(config.memory.settings, checkpoint, device=compute.device, dtype=compute.dtype)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
-    world_size = compute.accelerator.num_processes
     loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size, device=compute.device)
     schedule = run_schedule(config, loader, compute.accelerator)
     validation = validation_set(config, datasets, checkpoint) if wants_validation(config, datasets) else None
@@ -138,6 +147,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         audio_watch=watch,
         weight_actions=actions,
         norm_groups=norm_groups,
+        fused=fused_backward_pass(config.optimizer, optimizer, norm_groups),
     ).run()
     compute.accelerator.end_training()
     RunSummary(

@@ -26,6 +26,7 @@ from musubi_tuner.models.ltx2.quantize import check_quantization
 from .data import make_loader, read_datasets, validation_set
 from .dry_run import run_dry_run
 from .hub import make_uploader
+from .memory_outlook import memory_outlook, told_with
 from .optimization import make_optimizer, parameter_names, warn_of_rates, weight_actions, weight_average
 from .outlook import by_stream
 from .plan import report_plan, run_facts
@@ -80,10 +81,13 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     schedule = run_schedule(config, loader, compute.accelerator)
     validation = validation_set(config, datasets, checkpoint) if wants_validation(config, datasets) else None
     _warn_of_defaults(config, explicit, progress)
+    memory = memory_outlook(config, checkpoint, compute, quantization, loader.plan)
+    memory.check(ignore=config.memory.ignore_memory_estimate)
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
     jobs, decoders = _previews(config, checkpoint, datasets, loader.plan.training_set, compute)
-    transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization)
+    with told_with(memory):
+        transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)
     warn_of_rates(config, optimizer)
@@ -95,10 +99,10 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
     scaler = make_scaler(compute, progress)
     facts = run_facts(config, version, progress, loop, schedule, loader, optimizer, task, compute)
-    report_plan(config, network, transformer, optimizer, names, loader, facts, loop, compute)
+    report_plan(config, optimizer, names, loader, facts, loop, memory)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if config.validation.dry_run:
-        return run_dry_run(config, transformer, parameters, loader.plan, task)
+        return run_dry_run(config, transformer, parameters, loader.plan, task, memory)
 
     tracking = Tracking(compute.accelerator)
     listeners = _logs(config, tracking, compute)
@@ -119,7 +123,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     watch, norm_groups = audio_watch(config), by_stream(names, parameters)
     actions = weight_actions(config, network, average)
     first_step, started = progress.global_step, time.time()
-    Trainer(
+    trainer = Trainer(
         transformer,
         parameters,
         optimizer,
@@ -132,7 +136,9 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         audio_watch=watch,
         weight_actions=actions,
         norm_groups=norm_groups,
-    ).run()
+    )
+    with told_with(memory):
+        trainer.run()
     compute.accelerator.end_training()
     RunSummary(
         first_step=first_step,
@@ -140,6 +146,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         seconds=time.time() - started,
         validation=validator.last if validator else {},
         files=written_files(config.save.output_dir, config.save.output_name, started),
+        peak_memory=memory.peak(),
     ).log()
     return 1 if previewer and previewer.failures else 0
 

@@ -18,6 +18,7 @@ from musubi_tuner.common.av import AV
 from musubi_tuner.common.cuda import configure_cuda
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.seeding import derive_seed
+from musubi_tuner.config.model import Mode
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.batch import SampleKey
 from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
@@ -103,6 +104,12 @@ def network_options(config: TrainNetworkConfig) -> dict[str, str]:
     return options
 
 
+def built_streams(config: TrainNetworkConfig) -> Mode:
+    """Which streams of the transformer are loaded."""
+    mode = config.checkpoint.ltx2_mode
+    return "av" if mode == "audio" and not config.version.ltx2_audio_only_model else mode
+
+
 def load_model(
     config: TrainNetworkConfig,
     checkpoint: Checkpoint,
@@ -123,10 +130,8 @@ def load_model(
             **network_options(config),
         )
 
-    mode = config.checkpoint.ltx2_mode
-    streams = mode
-    if mode == "audio" and not config.version.ltx2_audio_only_model:
-        streams = "av"
+    streams = built_streams(config)
+    if streams != config.checkpoint.ltx2_mode:
         logger.info(
             "mode audio with the whole transformer: modules of the attention between the streams get no gradient, "
             "since there is no video; --ltx2_audio_only_model leaves them out and loads a sixth of the weights"

@@ -9,8 +9,6 @@ from typing import Any
 _OFF = "leave it out"
 
 NOT_YET: Mapping[str, str] = {
-    **dict.fromkeys(("loftq_init", "loftq_iters"), _OFF),
-    **dict.fromkeys(("awq_calibration", "awq_alpha", "awq_num_batches"), _OFF),
     "dim_from_weights": "use --network_dim",
     **dict.fromkeys(("base_weights", "base_weights_multiplier"), _OFF),
     **dict.fromkeys(("lycoris_config", "init_lokr_norm"), "use --network_module networks.lora_ltx2"),

@@ -39,13 +39,13 @@ logger = logging.getLogger(__name__)
 
 Format = Literal["native", "musubi", "comfy", "diffusers"]
 
-_SPELLINGS: dict[str, Callable[[str], str]] = {
+SPELLINGS: dict[str, Callable[[str], str]] = {
     "native": lambda name: NATIVE_PREFIX + flat_name(name),
     "musubi": lambda name: MUSUBI_PREFIX + flat_name(name),
     "comfy": comfy_name,
     "diffusers": diffusers_name,
 }
-FORMATS: tuple[str, ...] = tuple(_SPELLINGS)
+FORMATS: tuple[str, ...] = tuple(SPELLINGS)
 
 # lora_A may be followed by PEFT's adapter name ("default").
 _KEY = re.compile(
@@ -64,7 +64,7 @@ _UNSUPPORTED = {
     r".*\.lora_mid\.weight": "Tucker-decomposed",
     r".*\.lora_(B|up)(\.\w+)?\.bias": "LoRA with bias",
 }
-_PEFT_METADATA = "lora_adapter_metadata"
+PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_CONFIG = "adapter_config.json"
 
 
@@ -235,7 +235,7 @@ class LoraReader:
 
     def _add_alphas(self) -> None:
         """Fill in alpha from the tensors, else from PEFT's configuration."""
-        config = self._peft_config()
+        config = peft_config(self.path, self.metadata, self.format)
         for name, info in self.infos.items():
             module = _KEY.fullmatch(self._keys[name].down)["module"]
             if module + _ALPHA in self._file.tensors:
@@ -244,20 +244,26 @@ class LoraReader:
                     raise UserError(f"{module}{_ALPHA} is {alpha}")
                 alpha = alpha or None  # 0 stands for the rank
             else:
-                alpha = _peft_alpha(config, name, info.rank)
+                alpha = peft_alpha(config, name, info.rank)
             self.infos[name] = replace(info, alpha=alpha)
 
-    def _peft_config(self) -> dict[str, Any]:
-        try:
-            if _PEFT_METADATA in self.metadata:
-                packed = json.loads(self.metadata[_PEFT_METADATA])
-                return {k.removeprefix("transformer."): v for k, v in packed.items()}
-            beside = self.path.with_name(_PEFT_CONFIG)
-            if self.format == "diffusers" and beside.is_file():
-                return json.loads(read_text(beside))
-        except json.JSONDecodeError as error:
-            raise UserError(f"the LoRA's PEFT configuration is not JSON: {error}") from None
-        return {}
+
+def peft_config(path: Path, metadata: Mapping[str, str], fmt: Format) -> dict[str, Any]:
+    """PEFT's configuration of a LoRA file: in its metadata, else in the file beside it; ``{}`` where there is none.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        if PEFT_METADATA in metadata:
+            packed = json.loads(metadata[PEFT_METADATA])
+            return {k.removeprefix("transformer."): v for k, v in packed.items()}
+        beside = path.with_name(_PEFT_CONFIG)
+        if fmt == "diffusers" and beside.is_file():
+            return json.loads(read_text(beside))
+    except json.JSONDecodeError as error:
+        raise UserError(f"the LoRA's PEFT configuration is not JSON: {error}") from None
+    return {}
 
 
 def load_lora(path: str | os.PathLike[str]) -> LoraFile:
@@ -289,7 +295,7 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in _DTYPES else tensor.to(torch.bfloat16)
 
 
-def _peft_alpha(config: Mapping[str, Any], name: str, rank: int) -> float | None:
+def peft_alpha(config: Mapping[str, Any], name: str, rank: int) -> float | None:
     """alpha of a module by PEFT's rules: the first pattern that ends its path, else the common one."""
     alpha = config.get("lora_alpha")
     path = diffusers_name(name).partition(".")[2]
@@ -364,7 +370,7 @@ def write_lora(
     suffixes = ("lora_down", "lora_up") if flat else ("lora_A", "lora_B")
     specs, roles = [], {}
     for name, info in infos.items():
-        spelled = _SPELLINGS[fmt](name)
+        spelled = SPELLINGS[fmt](name)
         down, up = (f"{spelled}.{suffix}.weight" for suffix in suffixes)
         specs.append(TensorSpec(down, info.dtype, (info.rank, info.in_features)))
         specs.append(TensorSpec(up, info.dtype, (info.out_features, info.rank)))
@@ -388,7 +394,7 @@ def write_lora(
             current[name] = module
         return getattr(current[name], role)
 
-    kept = {k: v for k, v in metadata.items() if k != _PEFT_METADATA}  # its alpha no longer holds
+    kept = {k: v for k, v in metadata.items() if k != PEFT_METADATA}  # its alpha no longer holds
     return write_safetensors(path, specs, tensor, {"format": "pt", **kept}, check=check)
 
 

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 
 class Switch:
-    """Shared by all modules of a network: whether their deltas are added at all.
+    """Shared by all modules of a network: whether their deltas are added at all, and whether with a strength of one.
 
-    A bool costs nothing when off and gives a compiled block exactly two variants.
+    Bools cost nothing when off and give a compiled block few variants.
     """
 
     def __init__(self) -> None:
         self.on = True
+        self.as_trained = True
 
 
 class LoRALinear(nn.Module):
@@ -62,6 +63,10 @@ class LoRALinear(nn.Module):
         self.register_buffer("alpha", torch.tensor(self.alpha_value))
         # A tensor, so that changing the multiplier does not recompile a compiled block.
         self.register_buffer("scale", torch.tensor(self.alpha_value / rank), persistent=False)
+        # Where training starts, if that counts as part of the base: see start_from.
+        self.register_buffer("start_down", None)
+        self.register_buffer("start_up", None)
+        self.register_buffer("start_scale", torch.zeros(()), persistent=False)
         self._base: nn.Module | None = None
         self._base_forward: Callable[[Tensor], Tensor] | None = None
 
@@ -85,12 +90,42 @@ class LoRALinear(nn.Module):
                 del self._base.forward
             self.__dict__["_base"] = self._base_forward = None
 
+    # --- start ---
+
+    @torch.no_grad()
+    def start_from(self, down: Tensor, up: Tensor) -> None:
+        """Start at ``up @ down``, which corrects the base and so counts as part of it.
+
+        The multiplier then scales only what is trained beyond: ``base + s * (start + multiplier * (delta - start))``.
+        """
+        # In bfloat16: half the memory, and the factors start at exactly these values.
+        self.start_down = down.to(self.alpha.device, torch.bfloat16)
+        self.start_up = (up * (self.rank / self.alpha_value)).to(self.alpha.device, torch.bfloat16)
+        self.lora_down.weight.copy_(self.start_down)
+        self.lora_up.weight.copy_(self.start_up)
+        self.set_multiplier(self.multiplier)
+
+    @torch.no_grad()
+    def trained_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Down, up and alpha of what training has changed: of rank 2r where it began at a start.
+
+        ``B A - B0 A0 = (B - B0) A + B0 (A - A0)``, of which each term is small where little has changed, so that a
+        narrow dtype rounds the change and not its parts.
+        """
+        down, up = self.lora_down.weight.detach(), self.lora_up.weight.detach()
+        if self.start_down is None:
+            return down, up, self.alpha_value
+        start_down, start_up = self.start_down.to(down.dtype), self.start_up.to(up.dtype)
+        downs, ups = torch.cat([down, down - start_down]), torch.cat([up - start_up, start_up], dim=1)
+        return downs, ups, 2 * self.alpha_value
+
     # --- scale ---
 
     def set_multiplier(self, value: float) -> None:
         """Scale the delta by ``value`` on top of alpha / r, in place."""
         self.multiplier = value
         self.scale.fill_(value * self.alpha_value / self.rank)
+        self.start_scale.fill_((1 - value) * self.alpha_value / self.rank)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         super()._apply(fn, recurse)
@@ -98,6 +133,7 @@ class LoRALinear(nn.Module):
         device = self.alpha.device
         self.alpha = torch.tensor(self.alpha_value, device=device)
         self.scale = torch.tensor(self.multiplier * self.alpha_value / self.rank, device=device)
+        self.start_scale = torch.tensor((1 - self.multiplier) * self.alpha_value / self.rank, device=device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -114,17 +150,24 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]: the base layer's output plus the delta."""
-        if not self.switch.on:
+        adds_start = self.start_down is not None and not self.switch.as_trained
+        if not (self.switch.on or adds_start):
             return self._base_forward(x)
         # In two dimensions a Linear's output is no view, so adding to it in place costs autograd nothing.
         rows = x.reshape(-1, x.shape[-1])  # [M, K]
         y = self._base_forward(rows)  # [M, N]
-        hidden = F.linear(rows, self.lora_down.weight.to(x.dtype)) * self.scale  # [M, r]
-        if self.training:
-            hidden = self._drop(hidden, x.shape[0] if x.dim() > 1 else 1)
-        up = self.lora_up.weight.to(y.dtype)
-        y = _add_product(y, hidden.to(y.dtype), up)
+        if self.switch.on:
+            y = self._add_delta(rows, y, x.shape[0] if x.dim() > 1 else 1)
+        if adds_start:
+            hidden = F.linear(rows, self.start_down.to(x.dtype)) * self.start_scale
+            y = _add_product(y, hidden.to(y.dtype), self.start_up.to(y.dtype))
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+    def _add_delta(self, rows: Tensor, y: Tensor, num_samples: int) -> Tensor:
+        hidden = F.linear(rows, self.lora_down.weight.to(rows.dtype)) * self.scale  # [M, r]
+        if self.training:
+            hidden = self._drop(hidden, num_samples)
+        return _add_product(y, hidden.to(y.dtype), self.lora_up.weight.to(y.dtype))
 
     def _drop(self, hidden: Tensor, num_samples: int) -> Tensor:
         """Training-time dropout of the r-wide activation [M, r]."""

@@ -51,6 +51,22 @@ class ModalityCount:
     params: int = 0
 
 
+class _Trained(Mapping[str, LoraModule]):
+    """Canonical names to what training has changed, made one at a time when it is asked for."""
+
+    def __init__(self, modules: Mapping[str, LoRALinear]) -> None:
+        self._modules = modules
+
+    def __getitem__(self, name: str) -> LoraModule:
+        return LoraModule(*self._modules[name].trained_factors())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
 class LoRANetwork(nn.Module):
     """Low-rank deltas for Linear layers of a transformer, held outside of it.
 
@@ -94,11 +110,10 @@ class LoRANetwork(nn.Module):
     @multiplier.setter
     def multiplier(self, value: float) -> None:
         self._multiplier = value
-        self._switch.on = value != 0
-        if value != 0:
-            for module in self.modules_by_name.values():
-                if module.multiplier != value:
-                    module.set_multiplier(value)
+        self._switch.on, self._switch.as_trained = value != 0, value == 1
+        for module in self.modules_by_name.values():
+            if (value != 0 or module.start_down is not None) and module.multiplier != value:
+                module.set_multiplier(value)
 
     @contextmanager
     def gain(self, value: float) -> Iterator[LoRANetwork]:
@@ -160,12 +175,11 @@ class LoRANetwork(nn.Module):
         return report
 
     def as_lora_file(self, metadata: Mapping[str, str] | None = None) -> LoraFile:
-        """The current weights under canonical names (no copies)."""
-        modules = {
-            name: LoraModule(m.lora_down.weight.detach(), m.lora_up.weight.detach(), m.alpha_value)
-            for name, m in self.modules_by_name.items()
-        }
-        return LoraFile(modules, dict(metadata or {}))
+        """What the network adds to the original base, under canonical names.
+
+        These are its current weights (no copies), less the start where it began at one.
+        """
+        return LoraFile(_Trained(self.modules_by_name), dict(metadata or {}))
 
     def save_weights(
         self,
@@ -201,8 +215,8 @@ class LoRANetwork(nn.Module):
 
     def metadata(self) -> dict[str, str]:
         """``ss_network_*`` entries that describe this network."""
-        ranks = {m.rank for m in self.modules_by_name.values()}
-        alphas = {m.alpha_value for m in self.modules_by_name.values()}
+        infos = [m.info for m in self.as_lora_file().modules.values()]
+        ranks, alphas = {i.rank for i in infos}, {i.alpha for i in infos}
         dropouts = {m.dropout for m in self.modules_by_name.values()}
         args = {k: v for k, v in vars(self.args).items() if v != getattr(NetworkArgs(), k)}
         return {

@@ -95,6 +95,15 @@ def modality_of(name: str) -> TargetModality:
     return "audio" if "audio_" in name else "video"
 
 
+def output_stream(name: str) -> Literal["video", "audio"]:
+    """The stream that a module's output goes into: attention between the streams belongs to the one that it changes."""
+    if "video_to_audio_attn" in name or "v2a_gate" in name:
+        return "audio"
+    if "audio_to_video_attn" in name:
+        return "video"
+    return "audio" if "audio_" in name else "video"
+
+
 def compile_patterns(patterns: Iterable[str], source: str) -> list[re.Pattern[str]]:
     """Compile regexes.
 

@@ -19,10 +19,12 @@ class Packed:
     Attributes:
         weight: FP8 [N, K], or two NF4 codes a byte [N, K / 2] uint8.
         scale: fp32 [1 or N, G]; K / G values of a row share one.
+        input_scale: fp32 [K]: inputs are divided by it, since the weight's columns were multiplied; ``None`` for ones.
     """
 
     weight: Tensor
     scale: Tensor
+    input_scale: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -32,7 +34,13 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on another device."""
-        return Packed(self.weight.to(device), self.scale.to(device))
+        scale = None if self.input_scale is None else self.input_scale.to(device)
+        return Packed(self.weight.to(device), self.scale.to(device), scale)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[N, K]: the weight that it stands for."""
+        weight = dequantize(self.weight, self.scale, dtype)
+        return weight if self.input_scale is None else weight / self.input_scale.to(dtype)
 
 
 class Method(Protocol):

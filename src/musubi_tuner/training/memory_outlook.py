@@ -31,7 +31,7 @@ from musubi_tuner.networks.lora_ltx2 import planned_ranks
 from .optimizers import optimizer_class, parse_key_values
 from .outlook import batch_size
 from .previews import wants_previews
-from .setup import Compute, built_streams, network_options
+from .setup import Compute, network_options, streams_built
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def memory_outlook(
     plan: BatchPlan,
 ) -> MemoryOutlook:
     """Estimate a run from headers and flags."""
-    streams, model = built_streams(config), transformer_config(checkpoint)
+    streams, model = streams_built(config), transformer_config(checkpoint)
     on_gpu = compute.device.type == "cuda"
     halved = config.precision.full_fp16 or config.precision.full_bf16
     numbers = Numbers(compute.dtype.itemsize, compute.dtype.itemsize if halved else 4, fused_norms=on_gpu)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from accelerate.utils import broadcast_object_list
 
-from musubi_tuner.assembly.quantization import quantization_settings
+from musubi_tuner.assembly.quantization import loftq_request, quantization_settings
 from musubi_tuner.assembly.transformer import check_memory
 from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.config.notices import without_effect
@@ -23,6 +23,7 @@ from musubi_tuner.generation.run import Job
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.quantize import check_quantization
 
+from .calibration import calibrated
 from .data import make_loader, read_datasets, validation_set
 from .dry_run import run_dry_run
 from .hub import make_uploader
@@ -43,6 +44,7 @@ from .setup import (
     make_compute,
     make_scaler,
     run_schedule,
+    streams_built,
     task_settings,
 )
 from .state import Progress
@@ -72,8 +74,11 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     check_references(config, datasets)
     resumed = find_resumed(config)
     compute = make_compute(config)
-    quantization = quantization_settings(config.quantization, compute.device)
+    quantization = quantization_settings(config.quantization, compute.device, config.calibration)
     check_quantization(checkpoint, quantization)
+    loftq = loftq_request(
+        config.calibration, config.network.network_dim, checkpoint, iterations_given="loftq_iters" in explicit
+    )
     check_memory(config.memory.settings, checkpoint, device=compute.device, dtype=compute.dtype)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
     world_size = compute.accelerator.num_processes
@@ -86,8 +91,10 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
     jobs, decoders = _previews(config, checkpoint, datasets, loader.plan.training_set, compute)
+    task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
     with told_with(memory):
-        transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization)
+        quantization = calibrated(config, checkpoint, quantization, loader.plan, task, streams_built(config))
+        transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization, loftq)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)
     warn_of_rates(config, optimizer)
@@ -96,7 +103,6 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     if resumed:
         resumed.restore(network, optimizer, names, resume_settings(config, loop), average)
         compute.accelerator.wait_for_everyone()  # the first process tidies the folder that all have read from
-    task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
     scaler = make_scaler(compute, progress)
     facts = run_facts(config, version, progress, loop, schedule, loader, optimizer, task, compute)
     report_plan(config, optimizer, names, loader, facts, loop, memory)

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from musubi_tuner.assembly.quantization import LoftQRequest
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.cuda import configure_cuda
@@ -104,8 +105,8 @@ def network_options(config: TrainNetworkConfig) -> dict[str, str]:
     return options
 
 
-def built_streams(config: TrainNetworkConfig) -> Mode:
-    """Which streams of the transformer are loaded."""
+def streams_built(config: TrainNetworkConfig) -> Mode:
+    """Which modules of the transformer a run has: ``video``, ``av`` or ``audio``."""
     mode = config.checkpoint.ltx2_mode
     return "av" if mode == "audio" and not config.version.ltx2_audio_only_model else mode
 
@@ -116,6 +117,7 @@ def load_model(
     compute: Compute,
     seed: int,
     quantization: Quantization | None,
+    loftq: LoftQRequest | None = None,
 ) -> tuple[LTX2Transformer, LoRANetwork]:
     settings = config.network
     module = resolve_network_module(settings.network_module)
@@ -130,7 +132,7 @@ def load_model(
             **network_options(config),
         )
 
-    streams = built_streams(config)
+    streams = streams_built(config)
     if streams != config.checkpoint.ltx2_mode:
         logger.info(
             "mode audio with the whole transformer: modules of the attention between the streams get no gradient, "
@@ -146,6 +148,7 @@ def load_model(
         network=make,
         compilation=config.compilation.settings,
         memory=config.memory.settings,
+        loftq=loftq,
     )
     if settings.network_weights is not None:
         network.load_weights(settings.network_weights)

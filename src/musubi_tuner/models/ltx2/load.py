@@ -17,7 +17,15 @@ from musubi_tuner.quantization.stored import Stored, scale_matrix
 
 from .config import Mode, TransformerConfig
 from .keys import in_mode, transformer_keys
-from .quantize import Quantization, WeightPlan, check_quantization, plan_weights, stored_transformer
+from .quantize import (
+    Quantization,
+    Quantize,
+    WeightPlan,
+    check_quantization,
+    plan_weights,
+    quantize_plainly,
+    stored_transformer,
+)
 from .transformer import LTX2Transformer
 
 if TYPE_CHECKING:
@@ -54,12 +62,13 @@ def load_transformer(
     device: torch.device | str,
     quantization: Quantization | None = None,
     host_blocks: Collection[int] = (),
+    quantize: Quantize = quantize_plainly,
 ) -> LTX2Transformer:
     """Load the frozen transformer, or the stream of it that ``mode`` asks for, to ``device``.
 
     Only that stream's tensors are read, in the order of the file, each straight to its place: host memory
     holds little more than what stays there, which are the blocks at the positions ``host_blocks``. With
-    ``quantization`` each weight is quantised before the next is read.
+    ``quantization`` each weight is quantised before the next is read, by ``quantize``.
 
     Raises:
         UserError: before anything is read, when the tensors are not exactly those of the configuration, or are
@@ -78,7 +87,9 @@ def load_transformer(
     plan = plan_weights(stored, infos, quantization, checkpoint.path.name)
     if torch.device(device).type == "cuda" and quantization is not None and quantization.kind == "nf4":
         find_kernel()
-    tensors = _read(checkpoint, keys, parameters, plan, dtype=dtype, device=device, quantization=quantization)
+    tensors = _read(
+        checkpoint, keys, parameters, plan, dtype=dtype, device=device, quantization=quantization, quantize=quantize
+    )
     sizes = {name: info.nbytes for name, info in infos.items()}
     on_host = tuple(f"transformer_blocks.{position}." for position in host_blocks)
     for name, tensor in bytes_progress(tensors, sizes, desc="transformer"):
@@ -101,6 +112,7 @@ def _read(
     dtype: torch.dtype,
     device: torch.device | str,
     quantization: Quantization | None,
+    quantize: Quantize,
 ) -> Iterator[tuple[str, Tensor | Packed]]:
     """Every parameter of the model by name: dense in ``dtype`` or packed, on ``device``."""
     names = {key: name for name, key in parameters.items()}
@@ -129,8 +141,8 @@ def _read(
     if plan.quantised:
         wanted = [parameters[name] for name in plan.quantised]
         for key, weight in checkpoint.read(wanted, device=quantization.device):
-            result = plan.method.quantize(weight)
-            yield names[key], Packed(result.weight.to(device), result.scale.to(device))
+            name = names[key]
+            yield name, quantize(name, weight, quantization.method_for(name)).to(device)
 
 
 def _expanded(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -27,6 +27,7 @@ from .calibration import calibrated
 from .data import make_loader, read_datasets, validation_set
 from .dry_run import run_dry_run
 from .hub import make_uploader
+from .memory_outlook import memory_outlook, told_with
 from .optimization import (
     check_fused_backward,
     fused_backward_pass,
@@ -94,12 +95,15 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     schedule = run_schedule(config, loader, compute.accelerator)
     validation = validation_set(config, datasets, checkpoint) if wants_validation(config, datasets) else None
     _warn_of_defaults(config, explicit, progress)
+    memory = memory_outlook(config, checkpoint, compute, quantization, loader.plan)
+    memory.check(ignore=config.memory.ignore_memory_estimate)
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
     jobs, decoders = _previews(config, checkpoint, datasets, loader.plan.training_set, compute)
     task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
-    quantization = calibrated(config, checkpoint, quantization, loader.plan, task, streams_built(config))
-    transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization, loftq)
+    with told_with(memory):
+        quantization = calibrated(config, checkpoint, quantization, loader.plan, task, streams_built(config))
+        transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization, loftq)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)
     warn_of_rates(config, optimizer)
@@ -110,10 +114,10 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         compute.accelerator.wait_for_everyone()  # the first process tidies the folder that all have read from
     scaler = make_scaler(compute, progress)
     facts = run_facts(config, version, progress, loop, schedule, loader, optimizer, task, compute)
-    report_plan(config, network, transformer, optimizer, names, loader, facts, loop, compute)
+    report_plan(config, optimizer, names, loader, facts, loop, memory)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if config.validation.dry_run:
-        return run_dry_run(config, transformer, parameters, loader.plan, task)
+        return run_dry_run(config, transformer, parameters, loader.plan, task, memory)
 
     tracking = Tracking(compute.accelerator)
     listeners = _logs(config, tracking, compute)
@@ -134,7 +138,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     watch, norm_groups = audio_watch(config), by_stream(names, parameters)
     actions = weight_actions(config, network, average)
     first_step, started = progress.global_step, time.time()
-    Trainer(
+    trainer = Trainer(
         transformer,
         parameters,
         optimizer,
@@ -148,7 +152,9 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         weight_actions=actions,
         norm_groups=norm_groups,
         fused=fused_backward_pass(config.optimizer, optimizer, norm_groups),
-    ).run()
+    )
+    with told_with(memory):
+        trainer.run()
     compute.accelerator.end_training()
     RunSummary(
         first_step=first_step,
@@ -156,6 +162,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         seconds=time.time() - started,
         validation=validator.last if validator else {},
         files=written_files(config.save.output_dir, config.save.output_name, started),
+        peak_memory=memory.peak(),
     ).log()
     return 1 if previewer and previewer.failures else 0
 

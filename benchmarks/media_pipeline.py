@@ -12,6 +12,7 @@ Every contender decodes all frames with one decoder thread; frames are counted a
 turns in every round. With several workers the files are shared among threads, as the caching does it.
 
     python benchmarks/media_pipeline.py                          # 720p H.264, rendered
+    python benchmarks/media_pipeline.py --size 1920x1080
     python benchmarks/media_pipeline.py --clips my_videos --bucket 768x448 --workers 1 2 4
 
 "Frames per second and core" counts processor time of the process, which other programs on the machine disturb
@@ -42,43 +43,48 @@ from musubi_tuner.dataset.resize import resize_to_bucket
 from musubi_tuner.dataset.sources import SourceItem
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm")
-SIZE = (1280, 720)
 CLIP_FRAMES = 41
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, help="a video or a folder of videos (default: four rendered ones)")
+    parser.add_argument("--size", default="1280x720", help="WIDTHxHEIGHT of the rendered videos")
     parser.add_argument("--bucket", nargs="+", default=["960x544", "768x448", "640x352"], help="WIDTHxHEIGHT")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.clips is None:
-            files = [render(Path(folder) / f"{seed}.mp4", seed) for seed in range(4)]
+            files = [render(Path(folder) / f"{seed}.mp4", seed, parse_size(args.size)) for seed in range(4)]
         elif args.clips.is_dir():
             files = sorted(path for path in args.clips.iterdir() if path.suffix.lower() in SUFFIXES)
         else:
             files = [args.clips] * 4
         print(f"PyAV {av.__version__}, OpenCV {cv2.__version__}, numpy {np.__version__}, {platform.machine()}")
         print(describe(files))
-        buckets = [tuple(int(side) for side in text.split("x")) for text in args.bucket]
+        buckets = [parse_size(text) for text in args.bucket]
         for workers in args.workers:
             rows = compare(files, buckets, workers, args.rounds)
             headers = ["contender", "ms/frame (CPU)", "frames/s and core", "of plain", "frames/s", "of plain"]
             print(format_table(headers, rows, title=f"{workers} worker(s)"))
 
 
-def render(path: Path, seed: int, frames: int = 120) -> Path:
-    """A slow pan over a soft texture with film grain, at about 6 Mbit/s; less grain decodes faster."""
+def parse_size(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def render(path: Path, seed: int, size: tuple[int, int], frames: int = 120) -> Path:
+    """A slow pan over a soft texture with film grain, 720p at about 6 Mbit/s; less grain decodes faster."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (60, 100, 3), np.uint8)
-    scene = cv2.resize(coarse, (SIZE[0] + 2 * frames, SIZE[1] + frames), interpolation=cv2.INTER_CUBIC)
+    scene = cv2.resize(coarse, (size[0] + 2 * frames, size[1] + frames), interpolation=cv2.INTER_CUBIC)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=25, options={"crf": "20", "preset": "medium"})
-        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for index in range(frames):
-            view = scene[index : index + SIZE[1], 2 * index : 2 * index + SIZE[0]]
+            view = scene[index : index + size[1], 2 * index : 2 * index + size[0]]
             grain = generator.integers(-8, 9, (*view.shape[:2], 1))
             picture = np.clip(view + grain, 0, 255).astype(np.uint8)
             out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
@@ -147,8 +153,9 @@ def in_threads(work: Callable[[Path], None]) -> Callable[[list[Path], int], None
 
 
 def our_pipeline(bucket: tuple[int, int]) -> Callable[[list[Path], int], None]:
+    pool = BlockPool()  # as in a long run, of which every round is a part
+
     def run(files: list[Path], workers: int) -> None:
-        pool = BlockPool()
         for _, results in read_ahead(files, lambda path: ours(path, bucket, pool), workers=workers):
             for result in results:
                 if isinstance(result, Failed):

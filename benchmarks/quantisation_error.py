@@ -1,7 +1,8 @@
 """What quantising costs in accuracy: the error of the weights that come back, on normal random weights.
 
 Mean absolute error, signal-to-noise ratio and cosine similarity of W against dequantised W, W ~ N(0, 1) of the shape of
-a linear layer of the big model, and bytes a weight with scales.
+a linear layer of the big model, and bytes a weight with scales. With LoftQ the factors of the LoRA count as part of the
+weight that comes back, but not among its bytes.
 
     python benchmarks/quantisation_error.py
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.quantization.fp8 import quantize_fp8
+from musubi_tuner.quantization.loftq import quantize_with_factors
 from musubi_tuner.quantization.packed import Fp8, Method, Nf4, Packed, dequantize
 
 
@@ -34,6 +36,7 @@ METHODS: dict[str, Method] = {
     "--nf4_base --nf4_block_size 64": Nf4(64),
     "--nf4_base --nf4_block_size 128": Nf4(128),
 }
+LOFTQ_RANK = 32
 
 
 def error(weight: Tensor, restored: Tensor) -> tuple[float, float, float]:
@@ -55,6 +58,14 @@ def main() -> None:
         packed = method.quantize(weight)
         restored = dequantize(packed.weight, packed.scale, torch.float32)
         num_bytes = (packed.weight.nbytes + packed.scale.nbytes) / weight.numel()
+        rows.append(_row(name, error(weight, restored), num_bytes))
+    for iterations in (1, 2, 5):
+        packed, factors = quantize_with_factors(
+            weight, Nf4().quantize, rank=LOFTQ_RANK, iterations=iterations, name="benchmark"
+        )
+        restored = packed.dense(torch.float32) + factors.up @ factors.down
+        num_bytes = (packed.weight.nbytes + packed.scale.nbytes) / weight.numel()
+        name = f"--nf4_base --loftq_init --loftq_iters {iterations}, rank {LOFTQ_RANK}"
         rows.append(_row(name, error(weight, restored), num_bytes))
     print(format_table(["method", "MAE", "SNR", "cosine", "bytes a weight"], rows, f"N(0, 1), {size} x {size}"))
 

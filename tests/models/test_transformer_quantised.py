@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from musubi_tuner.models.ltx2.load import build_transformer, load_transformer
 from musubi_tuner.models.ltx2.quantize import Quantization, is_target
 from musubi_tuner.models.ltx2.quantize_file import quantize_file
 from musubi_tuner.quantization.linear import QuantizedLinear
+from musubi_tuner.quantization.loftq import quantize_with_factors
 
 PREFIX = "model.diffusion_model."
 WIDTHS = {"audio_attention_head_dim": 16, "audio_cross_attention_dim": 32}  # whole blocks of 32 in both streams
@@ -272,6 +274,18 @@ def test_rows_that_do_not_fit_stay_dense(write, caplog):
         layers = packed_layers(load(write(), Quantization("nf4", block_size=128)))
     assert layers.keys() == {f"transformer_blocks.{i}.{s}ff.net.2" for i in range(2) for s in ("", "audio_")}
     assert "52 weights stay dense" in caplog.text
+
+
+def test_weights_come_and_go_one_by_one(write):
+    seen = []
+
+    def watch(name, weight, method):
+        assert not any(earlier() is not None for earlier in seen), "an earlier one is still there"
+        seen.append(weakref.ref(weight))
+        return quantize_with_factors(weight, method.quantize, rank=4, iterations=2, name=name)[0]
+
+    load_transformer(write(), mode="av", dtype=torch.float32, device="cpu", quantization=NF4, quantize=watch)
+    assert len(seen) == 56
 
 
 def test_a_bf16_model_keeps_its_dtypes_when_it_moves(write):

@@ -261,7 +261,7 @@ def test_what_cannot_be_done_with_lengths_is_refused(tmp_path):
     model = tiny_transformer()
     network = random_dora(model)
     path = network.save_weights(tmp_path / "dora.safetensors")
-    with pytest.raises(UserError, match="cannot be saved for diffusers"):
+    with pytest.raises(UserError, match="make others of those with ltx2_convert_lora"):
         network.save_weights(tmp_path / "b.safetensors", fmt="diffusers")
     with pytest.raises(UserError, match=r"dora\.safetensors: DoRA cannot be merged"):
         merge_loras([path], tmp_path / "merged.safetensors", concat_method())

@@ -200,7 +200,7 @@ def test_missing_files_are_named_together(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_unavailable_features_are_one_message(cached_demo, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    flags = ("--loftq_init", "--awq_calibration")
+    flags = ("--self_flow", "--crepa")
     message = refused(arguments(cached_demo(), tmp_path, *flags), capsys)
     assert message.count("not available") == 1
     assert all(flag in message for flag in flags)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 
 import torch
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.config.memory import QuantizationConfig
-from musubi_tuner.models.ltx2.quantize import Quantization
+from musubi_tuner.config.memory import CalibrationConfig, QuantizationConfig
+from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.quantize import Quantization, Quantize, is_target, quantize_plainly, stored_transformer
+from musubi_tuner.networks.loftq import LoftQ, StoredLoftQ
+from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+from musubi_tuner.quantization.stored import NF4_BLOCK_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +22,22 @@ _VARIABLES = {"fp8": "LTX2_FP8_CALC_DEVICE", "nf4": "LTX2_NF4_CALC_DEVICE"}
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
 
 
-def quantization_settings(config: QuantizationConfig, device: torch.device) -> Quantization | None:
+@dataclass(frozen=True)
+class LoftQRequest:
+    """How the LoRA of a quantised base starts.
+
+    Attributes:
+        iterations: of the alternation, where the base is quantised while it is loaded.
+        file: the factors of a base that is quantised already.
+    """
+
+    iterations: int
+    file: StoredLoftQ | None = None
+
+
+def quantization_settings(
+    config: QuantizationConfig, device: torch.device, calibration: CalibrationConfig | None = None
+) -> Quantization | None:
     """What ``--fp8_base`` or ``--nf4_base`` asks for; ``None`` for neither.
 
     Weights are quantised where ``--quantize_device`` or the format's environment variable says, else on ``device``.
@@ -33,7 +53,54 @@ def quantization_settings(config: QuantizationConfig, device: torch.device) -> Q
         requantise=config.fp8_scaled,
         block_size=config.nf4_block_size,
         device=_calculation_device(config.quantize_device, _VARIABLES[kind], device),
+        calibrate=calibration is not None and calibration.awq_calibration,
     )
+
+
+def loftq_request(
+    calibration: CalibrationConfig, rank: int | None, checkpoint: Checkpoint, *, iterations_given: bool
+) -> LoftQRequest | None:
+    """What ``--loftq_init`` asks for, known from headers alone; ``None`` without it.
+
+    Raises:
+        UserError: the checkpoint is quantised already, and no factors of this rank are beside it.
+    """
+    if not calibration.loftq_init or rank is None:
+        return None
+    if stored_transformer(checkpoint).kind != "nf4":
+        return LoftQRequest(calibration.loftq_iters)
+    if iterations_given and calibration.loftq_iters > 1:
+        logger.warning("--loftq_iters %d has no effect on a base that is quantised already", calibration.loftq_iters)
+    file = StoredLoftQ(checkpoint.path, rank, checkpoint.metadata.get(NF4_BLOCK_KEY))
+    return LoftQRequest(1, file)
+
+
+class LoftQStart:
+    """The start of a network that is not yet applied: read at once, or made with the weights.
+
+    Attributes:
+        quantize: for the loader.
+    """
+
+    def __init__(self, request: LoftQRequest, network: LoRANetwork, checkpoint: Checkpoint) -> None:
+        self._total = len(network.modules_by_name)
+        self.quantize: Quantize = quantize_plainly
+        if request.file is not None:
+            packed = [name.removesuffix(".weight") for name in stored_transformer(checkpoint).scales if is_target(name)]
+            self._started = request.file.start(network.modules_by_name, packed)
+        else:
+            loftq = LoftQ(network.modules_by_name, request.iterations)
+            self.quantize, self._started = loftq.quantize, loftq.started
+
+    def report(self) -> None:
+        """To be called after loading.
+
+        Raises:
+            UserError: none of the adapted weights is quantised.
+        """
+        if not self._started:
+            raise UserError("--loftq_init: none of the adapted layers is quantised; change the LoRA targets")
+        logger.info("LoftQ: %d of %d modules start from what quantising lost", len(self._started), self._total)
 
 
 def _calculation_device(asked: str | None, variable: str, device: torch.device) -> torch.device:

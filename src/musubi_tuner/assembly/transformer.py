@@ -24,11 +24,13 @@ from musubi_tuner.memory.compilation import compile_blocks
 from musubi_tuner.memory.transfer import PinnedBudget, make_transfer
 from musubi_tuner.models.attention_backends import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
-from musubi_tuner.models.ltx2.load import Edits, load_transformer, transformer_config
-from musubi_tuner.models.ltx2.quantize import Quantization
+from musubi_tuner.models.ltx2.load import Edits, build_transformer, load_transformer, transformer_config
+from musubi_tuner.models.ltx2.quantize import Quantization, quantize_plainly
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora import LoRALinear
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+
+from .quantization import LoftQRequest, LoftQStart
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ def assemble_transformer(
     network: NetworkFactory | None = None,
     compilation: CompileSettings | None = None,
     memory: MemorySettings = _PLAIN,
+    loftq: LoftQRequest | None = None,
 ) -> tuple[LTX2Transformer, LoRANetwork | None]:
     """Load the frozen transformer and attach what training asked for.
 
@@ -83,20 +86,27 @@ def assemble_transformer(
     weights of its blocks are held, ``None`` for dense. ``edits`` change weights while they are loaded.
     ``network`` makes the network for the
     loaded transformer; it is applied here. ``compilation``: how the blocks are compiled, ``None`` for not at all.
+    ``loftq``: how the network starts, ``None`` for as it is made.
     """
-    swapped = swapped_positions(transformer_config(checkpoint).num_layers, memory.blocks_to_swap)
+    config = transformer_config(checkpoint)
+    adapter = start = None
+    if network is not None and loftq is not None:
+        adapter = network(build_transformer(config, streams))  # names and sizes are all that it reads
+        start = LoftQStart(loftq, adapter, checkpoint)
     transformer = load_transformer(
         checkpoint,
         mode=streams,
         dtype=dtype,
         device=device,
         quantization=quantization,
-        host_blocks=swapped,
+        host_blocks=swapped_positions(config.num_layers, memory.blocks_to_swap),
+        quantize=quantize_plainly if start is None else start.quantize,
         edits=edits,
     )
-    adapter = None
+    if start is not None:
+        start.report()
     if network is not None:
-        adapter = network(transformer)
+        adapter = adapter or network(transformer)
         adapter.to(device)  # first: what it computes of the base weights (DoRA), it computes there
         adapter.apply_to(transformer)
     attach_to_blocks(transformer, memory, compilation, device=device, draws=_draws_random(adapter))

@@ -190,6 +190,8 @@ def _add(section: Any, spec: FlagSpec) -> None:
         metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.name.rsplit("_", 1)[-1].upper()
     several = {"nargs": "+", "action": "extend"} if spec.is_list else {}
     section.add_argument(*options, dest=spec.name, metavar=metavar, help=help_text, **several)
+    if spec.info.positional:
+        section.add_argument(spec.name, nargs="*", action="extend", metavar=metavar, help=f"the same as --{spec.name}")
 
 
 def _default_text(spec: FlagSpec) -> str:

@@ -18,6 +18,7 @@ class FlagInfo:
     values: Mapping[str, str] | None = None  # short forms of a choice: {"v": "video"}
     metavar: str | None = None
     convert: Callable[[str], Any] | None = None  # for types that argparse does not know
+    positional: bool = False  # a list that may also be given without its flag
 
 
 def flag(
@@ -28,13 +29,14 @@ def flag(
     values: Mapping[str, str] | None = None,
     metavar: str | None = None,
     convert: Callable[[str], Any] | None = None,
+    positional: bool = False,
 ) -> Any:
     """Declare a flag. The type annotation of the field decides how it is read.
 
     ``bool`` gives ``--x`` and ``--no_x``; ``Literal`` gives choices; ``tuple[T, ...]`` takes one or more values, and
     more where the flag is repeated; ``T | None`` is optional.
     """
-    info = FlagInfo(help, tuple(aliases), values, metavar, convert)
+    info = FlagInfo(help, tuple(aliases), values, metavar, convert, positional)
     return field(default=default, metadata={_KEY: info})
 
 

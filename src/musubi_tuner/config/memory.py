@@ -86,6 +86,7 @@ class MemoryConfig(BlockMemoryConfig):
     gradient_checkpointing_cpu_offload: bool = flag(
         False, "--gradient_checkpointing that keeps the inputs of blocks in host memory"
     )
+    ignore_memory_estimate: bool = flag(False, "start although the estimate says that memory will not suffice")
     blocks_to_checkpoint: int = flag(-1, "blocks that --gradient_checkpointing recomputes, the first ones; -1 = all")
 
     @property
@@ -116,11 +117,11 @@ class QuantizationConfig:
 class CalibrationConfig:
     """Accuracy of NF4."""
 
-    loftq_init: bool = flag(False, "start the LoRA from the error of the 4-bit weights (not available yet)")
-    loftq_iters: int = flag(2, "rounds of --loftq_init (not available yet)")
-    awq_calibration: bool = flag(False, "scale channels by their activations before quantising (not available yet)")
-    awq_alpha: float = flag(0.25, "strength of that scaling, 0 to 1 (not available yet)")
-    awq_num_batches: int = flag(8, "batches that it measures (not available yet)")
+    loftq_init: bool = flag(False, "NF4: start the LoRA from what quantising loses")
+    loftq_iters: int = flag(2, "--loftq_init: rounds of quantising and fitting; one for files that are NF4 already")
+    awq_calibration: bool = flag(False, "NF4: scale channels by their inputs before quantising (experimental)")
+    awq_alpha: float = flag(0.25, "--awq_calibration: strength of that scaling, 0 to 1")
+    awq_num_batches: int = flag(8, "--awq_calibration: batches that it measures")
 
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]

@@ -25,9 +25,9 @@ class QuantizeOptions:
     calc_device: Literal["cpu", "cuda"] | None = flag(
         None, "where weights are quantised (not given: cuda if present, else cpu)", values={"gpu": "cuda"}
     )
-    loftq_init: bool = flag(False, "write starting values for LoRAs as well (not available yet)")
-    loftq_iters: int = flag(2, "rounds of --loftq_init (not available yet)")
-    network_dim: int = flag(0, "rank of these LoRAs")
+    loftq_init: bool = flag(False, "write starting values of LoRAs of --network_dim as well, for --loftq_init")
+    loftq_iters: int = flag(2, "accepted, but one round fits the NF4 file, which serves all ranks")
+    network_dim: int = flag(0, "rank of the LoRAs of --loftq_init")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,16 @@ def folder(name: str, path: Path | None) -> Iterable[str]:
         yield f"--{name} {path}: is a file, expected a folder"
 
 
+def output_file(name: str, path: Path, inputs: Iterable[Path]) -> Iterable[str]:
+    """A safetensors file to write, which must not be one of those that are read."""
+    if path.is_dir():
+        yield f"--{name} {path}: is a folder, expected the name of a .safetensors file"
+    elif path.suffix != ".safetensors":
+        yield f"--{name} {path}: the name has to end in .safetensors"
+    elif any(path.resolve() == p.resolve() for p in inputs):
+        yield f"--{name} {path}: this is one of the inputs; choose another name"
+
+
 def file_name(name: str, value: str) -> Iterable[str]:
     """The start of files' names: a path, or what some system refuses, would fail at the first save."""
     if not value.strip() or set(value) & set('/\\:*?"<>|'):

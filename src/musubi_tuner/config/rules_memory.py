@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .memory import BlockMemoryConfig, CompileConfig, CudaConfig, MemoryConfig, QuantizationConfig
+from .memory import (
+    BlockMemoryConfig,
+    CalibrationConfig,
+    CompileConfig,
+    CudaConfig,
+    MemoryConfig,
+    QuantizationConfig,
+)
+from .network import NetworkConfig
 
 _BLOCK_SIZES = [2**n for n in range(5, 12)]
 
@@ -55,6 +63,46 @@ def quantization(config: QuantizationConfig) -> Iterable[str]:
     if config.nf4_block_size != QuantizationConfig().nf4_block_size and not config.nf4_base:
         yield "--nf4_block_size needs --nf4_base"
     yield from nf4_block_size(config.nf4_block_size)
+
+
+def loftq(config: CalibrationConfig, base: QuantizationConfig, network: NetworkConfig) -> Iterable[str]:
+    """It needs 4-bit weights, a rank, and a LoRA that starts nowhere else."""
+    yield from loftq_iterations(config.loftq_iters)
+    if not config.loftq_init:
+        if config.loftq_iters != CalibrationConfig().loftq_iters:
+            yield "--loftq_iters needs --loftq_init"
+        return
+    if not base.nf4_base:
+        yield "--loftq_init needs --nf4_base"
+    if network.network_module != "networks.lora_ltx2":
+        yield f"--loftq_init needs --network_module networks.lora_ltx2, got {network.network_module}"
+    elif network.network_dim is None:
+        yield "--loftq_init needs --network_dim"
+    if network.network_weights is not None:
+        yield "--loftq_init and --network_weights exclude each other: both say where the LoRA starts"
+    if network.scale_weight_norms is not None:
+        yield "--loftq_init and --scale_weight_norms exclude each other: the limit would shrink the correction"
+
+
+def awq(config: CalibrationConfig, base: QuantizationConfig) -> Iterable[str]:
+    """It needs 4-bit weights, and options need it."""
+    default = CalibrationConfig()
+    options = {"awq_alpha": config.awq_alpha, "awq_num_batches": config.awq_num_batches}
+    if config.awq_calibration and not base.nf4_base:
+        yield "--awq_calibration needs --nf4_base"
+    for name, value in options.items():
+        if not config.awq_calibration and value != vars(default)[name]:
+            yield f"--{name} needs --awq_calibration"
+    if not 0 <= config.awq_alpha <= 1:
+        yield f"--awq_alpha: expected 0 to 1, got {config.awq_alpha:g}"
+    if config.awq_num_batches < 1:
+        yield f"--awq_num_batches: expected at least 1, got {config.awq_num_batches}"
+
+
+def loftq_iterations(count: int) -> Iterable[str]:
+    """At least one."""
+    if count < 1:
+        yield f"--loftq_iters: expected at least 1, got {count}"
 
 
 def nf4_block_size(size: int) -> Iterable[str]:

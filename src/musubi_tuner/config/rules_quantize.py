@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .quantize import QuantizeModelConfig
+from .quantize import QuantizeModelConfig, QuantizeOptions
 from .rules_common import missing
-from .rules_memory import nf4_block_size
-from .unavailable import unavailable
+from .rules_memory import loftq_iterations, nf4_block_size
 
 
 def _files(config: QuantizeModelConfig) -> Iterable[str]:
@@ -24,9 +23,19 @@ def _files(config: QuantizeModelConfig) -> Iterable[str]:
 
 
 def _options(config: QuantizeModelConfig) -> Iterable[str]:
-    yield from nf4_block_size(config.options.nf4_block_size)
+    options = config.options
+    yield from nf4_block_size(options.nf4_block_size)
+    yield from loftq_iterations(options.loftq_iters)
+    if options.network_dim < 0:
+        yield f"--network_dim: expected 0 or more, got {options.network_dim}"
+    if options.loftq_init and options.network_dim == 0:
+        yield "--loftq_init needs --network_dim, the rank of the LoRA that will be trained"
+    if not options.loftq_init and options.network_dim != 0:
+        yield "--network_dim needs --loftq_init"
+    if not options.loftq_init and options.loftq_iters != QuantizeOptions().loftq_iters:
+        yield "--loftq_iters needs --loftq_init"
 
 
 def quantize_rules(parsed: Any) -> list[str]:
     """Every violation."""
-    return [v for rule in (_files, unavailable, _options) for v in rule(parsed.config)]
+    return [v for rule in (_files, _options) for v in rule(parsed.config)]

@@ -9,8 +9,6 @@ from typing import Any
 _OFF = "leave it out"
 
 NOT_YET: Mapping[str, str] = {
-    **dict.fromkeys(("loftq_init", "loftq_iters"), _OFF),
-    **dict.fromkeys(("awq_calibration", "awq_alpha", "awq_num_batches"), _OFF),
     **dict.fromkeys(("lycoris_config", "init_lokr_norm"), "use --network_module networks.lora_ltx2"),
     **dict.fromkeys(("video_role", "audio_role", "video_conditions", "audio_conditions"), _OFF),
     **dict.fromkeys(("blank_preservation", "blank_preservation_args", "dop", "dop_args", "dop_class_prompt"), _OFF),

@@ -1,75 +1,94 @@
-"""LoRA files that become part of the base model while it is loaded (``--base_weights``)."""
+"""The weights of a checkpoint that an adapter may change, under canonical names."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import os
+from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo
+from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.keys import transformer_keys
+from musubi_tuner.models.ltx2.quantize import stored_transformer
+from musubi_tuner.quantization.fp8 import dequantize_fp8
+from musubi_tuner.quantization.stored import Stored, scale_matrix
 
-from .formats import LoraReader
-from .lora_ltx2 import absent_modules
-
-logger = logging.getLogger(__name__)
-
-_Part = tuple[LoraReader, float]
-
-
-def open_base_weights(paths: Sequence[Path], multipliers: Sequence[float]) -> list[_Part]:
-    """The files and their strengths; a missing strength is 1.
-
-    Raises:
-        UserError: a file is no LoRA of LTX-2.
-    """
-    strengths = [*multipliers, *[1.0] * (len(paths) - len(multipliers))]
-    return [(LoraReader(path), strength) for path, strength in zip(paths, strengths, strict=True)]
+_LISTED = 3
 
 
-def weight_edits(
-    parts: Sequence[_Part], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """For each weight that the files change, by parameter name, what makes the changed one of it.
+class BaseWeights:
+    """The transformer and the text connectors of a checkpoint, of which only the header has been read.
 
-    The sum is taken in float32 and rounded once. A file's factors are read when their weight comes by.
-
-    Args:
-        shapes: of all the transformer's parameters.
+    Attributes:
+        file: the checkpoint's file.
+        keys: tensor's official name -> key in the file.
+        stored: which weights are FP8, and where their scales are.
 
     Raises:
-        UserError: a file adapts what the transformer does not have, or has in another size.
+        UserError: no checkpoint, no transformer in it, or one in 4 bits.
     """
-    concerned: dict[str, list[_Part]] = {}
-    for reader, strength in parts:
-        linears = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
-        absent = absent_modules(reader.infos, linears, str(reader.path))
-        if absent:
-            logger.warning("%s: %d modules are left out, such as %s", reader.path, len(absent), absent[0])
-        for module in reader.infos.keys() - set(absent):
-            _check_size(reader, module, shapes[f"{module}.weight"])
-            concerned.setdefault(module, []).append((reader, strength))
-        logger.info("merging %s x %g into the base: %d modules", reader.path.name, strength, len(reader.infos))
-    return {f"{module}.weight": _edit(module, using) for module, using in concerned.items()}
 
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.checkpoint = Checkpoint(path)
+        self.path = self.checkpoint.path
+        self.file = SafetensorsFile(path)
+        try:
+            transformer = transformer_keys(self.file.tensors)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        self.stored: Stored = stored_transformer(self.checkpoint)
+        if self.stored.kind == "nf4":
+            raise UserError(f"{self.path} holds NF4 weights, which are too coarse for this; give the bf16 or FP8 file")
+        self.keys = {**self.checkpoint.component_keys("connectors"), **transformer}
 
-def _edit(module: str, using: Sequence[_Part]) -> Callable[[Tensor], Tensor]:
-    def edit(weight: Tensor) -> Tensor:
-        base = weight.float()
-        changed = base.clone()
-        for reader, strength in using:
-            part = reader.read(module).on(base.device)
-            changed += part.change(base, strength, over_base=reader.lengths_over_base)
-        return changed.to(weight.dtype)
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Module -> shape [N, K] of every linear weight."""
+        shapes = {n.removesuffix(".weight"): self.info(n).shape for n in self.keys if n.endswith(".weight")}
+        return {module: shape for module, shape in shapes.items() if len(shape) == 2}
 
-    return edit
+    def info(self, name: str) -> TensorInfo:
+        return self.file.tensors[self.keys[name]]
 
+    def scale(self, name: str) -> Tensor | None:
+        """Scale of an FP8 weight, [1 or N, G] fp32; ``None`` for others and for a plain cast."""
+        key = self.scale_key(name)
+        if key is None:
+            return None
+        return scale_matrix(self.file.read_one(key, dtype=torch.float32), self.info(name).shape, key)
 
-def _check_size(reader: LoraReader, module: str, shape: tuple[int, ...]) -> None:
-    info = reader.infos[module]
-    if (info.out_features, info.in_features) != tuple(shape):
-        raise UserError(
-            f"{reader.path}: {module} is made for a layer of {info.in_features} -> {info.out_features} features, "
-            f"the model's has {shape[1]} -> {shape[0]}; it is a LoRA of another model"
-        )
+    def scale_key(self, name: str) -> str | None:
+        scale = self.stored.scales.get(name)
+        return None if scale is None else self.keys[scale]
+
+    def dense(self, name: str, tensor: Tensor | None = None) -> Tensor:
+        """A tensor in float32; ``tensor`` is it as stored, where it has been read already."""
+        tensor = self.file.read_one(self.keys[name]) if tensor is None else tensor
+        scale = self.scale(name)
+        if scale is None:
+            return tensor.float()
+        flat = dequantize_fp8(tensor.reshape(tensor.shape[0], -1), scale, torch.float32)
+        return flat.view(tensor.shape)
+
+    def require(self, sizes: Iterable[tuple[str, tuple[int, int]]], source: str) -> None:
+        """Check that the modules of a LoRA, with their (N, K), are here.
+
+        Raises:
+            UserError: some are missing or have other sizes.
+        """
+        own = self.weights()
+        sizes = list(sizes)
+        if lost := [name for name, _ in sizes if name not in own]:
+            names = ", ".join(lost[:_LISTED]) + (", ..." if len(lost) > _LISTED else "")
+            raise UserError(
+                f"{source}: {len(lost)} of its {len(sizes)} modules have no weight in {self.path.name} ({names}); "
+                "it belongs to another model or version"
+            )
+        if wrong := [(name, shape) for name, shape in sizes if own[name] != shape]:
+            name, (n, k) = wrong[0]
+            raise UserError(
+                f"{source}: {name} is made for a layer of {k} -> {n} features, that of {self.path.name} has "
+                f"{own[name][1]} -> {own[name][0]}; it is a LoRA of another model"
+            )

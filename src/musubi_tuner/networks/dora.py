@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lora import LoRALinear, _add_product
+from .lora import LoRALinear, add_product
 
 
 class DoRALinear(LoRALinear):
@@ -102,7 +102,7 @@ class DoRALinear(LoRALinear):
         gain = self.strength * (self.dora_scale[:, 0] / self._norms(rows.dtype))  # [N]
         y = torch.addcmul(below, product, (gain - self.strength).to(below.dtype))
         up = (self.lora_up.weight * gain[:, None]).to(y.dtype)
-        return _add_product(y, self._scaled(hidden, num_samples).to(y.dtype), up)
+        return add_product(y, self._scaled(hidden, num_samples).to(y.dtype), up)
 
     def _own_product(self, rows: Tensor) -> Tensor:
         return type(self._base).forward(self._base, rows)

@@ -39,13 +39,13 @@ logger = logging.getLogger(__name__)
 
 Format = Literal["native", "musubi", "comfy", "diffusers"]
 
-_SPELLINGS: dict[str, Callable[[str], str]] = {
+SPELLINGS: dict[str, Callable[[str], str]] = {
     "native": lambda name: NATIVE_PREFIX + flat_name(name),
     "musubi": lambda name: MUSUBI_PREFIX + flat_name(name),
     "comfy": comfy_name,
     "diffusers": diffusers_name,
 }
-FORMATS: tuple[str, ...] = tuple(_SPELLINGS)
+FORMATS: tuple[str, ...] = tuple(SPELLINGS)
 
 # lora_A may be followed by PEFT's adapter name ("default").
 _KEY = re.compile(
@@ -53,12 +53,10 @@ _KEY = re.compile(
 )
 _ALPHA = ".alpha"
 _DORA = ".dora_scale"
-# Metadata on what lengths of DoRA are divided by when the weight is adapted: not there = the adapted weight's norms.
-DORA_LENGTHS, OVER_BASE = "ss_dora_lengths", "over_base_norm"
+_DORA_KEY = re.compile(r"(?P<module>.+?)\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)?(?:\.weight)?)")
 _EXPECTED = "expected pairs of lora_down/lora_up or lora_A/lora_B weights"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UNSUPPORTED = {
-    r".*\.lora_magnitude_vector.*": "PEFT DoRA",
     r".*\.lokr_.*": "LyCORIS LoKr",
     r".*\.hada_.*": "LyCORIS LoHa",
     r".*\.oft_blocks": "LyCORIS OFT",
@@ -67,7 +65,7 @@ _UNSUPPORTED = {
     r".*\.lora_mid\.weight": "Tucker-decomposed",
     r".*\.lora_(B|up)(\.\w+)?\.bias": "LoRA with bias",
 }
-_PEFT_METADATA = "lora_adapter_metadata"
+PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_CONFIG = "adapter_config.json"
 
 
@@ -108,7 +106,7 @@ class LoraModule:
         return (self.up.float() * (multiplier * self.info.scale)) @ self.down.float()
 
     def change(self, weight: Tensor, multiplier: float = 1.0, *, over_base: bool = False) -> Tensor:
-        """What adapting adds to ``weight`` [N, K] (float32). ``over_base``: see :attr:`LoraFile.lengths_over_base`."""
+        """What adapting adds to ``weight`` [N, K] (float32). ``over_base``: see :func:`lengths_over_base`."""
         if self.dora_scale is None:
             return self.delta(multiplier)
         adapted = weight + self.delta()
@@ -138,14 +136,13 @@ class LoraFile:
     format: Format = "native"
     source: str = "the LoRA"  # what messages call it
 
-    @property
-    def lengths_over_base(self) -> bool:
-        """Whether the lengths of DoRA are those that ComfyUI divides by the base weight's norms."""
-        return _lengths_over_base(self.metadata)
 
+def lengths_over_base(fmt: Format) -> bool:
+    """Whether a format's lengths of DoRA are divided by the base weight's norms, as ComfyUI does.
 
-def _lengths_over_base(metadata: Mapping[str, str]) -> bool:
-    return metadata.get(DORA_LENGTHS) == OVER_BASE
+    Elsewhere they are divided by those of the base weight and the delta together.
+    """
+    return fmt == "comfy"
 
 
 @dataclass(frozen=True)
@@ -198,11 +195,6 @@ class LoraReader:
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
 
-    @property
-    def lengths_over_base(self) -> bool:
-        """See :attr:`LoraFile.lengths_over_base`."""
-        return _lengths_over_base(self.metadata)
-
     def read(self, name: str) -> LoraModule:
         """Factors of one module, by canonical name.
 
@@ -211,7 +203,7 @@ class LoraReader:
         """
         keys = self._keys[name]
         down, up = (_readable(self._file.read_one(k)) for k in (keys.down, keys.up))
-        lengths = _readable(self._file.read_one(keys.dora)) if keys.dora else None
+        lengths = _readable(self._file.read_one(keys.dora)).view(-1, 1) if keys.dora else None
         if not all(t.isfinite().all() for t in (down, up, lengths) if t is not None):
             raise UserError(f"{self.path}: {name} holds NaN or infinity; the LoRA is broken")
         return LoraModule(down, up, self.infos[name].alpha, lengths)
@@ -228,7 +220,7 @@ class LoraReader:
             match = _KEY.fullmatch(key)
             if match is None:
                 _check_other_key(key)
-                if not key.endswith((_ALPHA, _DORA)):
+                if not (key.endswith(_ALPHA) or _DORA_KEY.fullmatch(key)):
                     ignored.append(key)
                 continue
             role = "down" if match["down"] else "up"
@@ -243,7 +235,7 @@ class LoraReader:
         if ignored:
             logger.warning("%s: %d tensors are no part of a LoRA, such as %s", self.path, len(ignored), ignored[0])
         self.ignored = tuple(ignored)
-        lengths = {canonical_name(key.removesuffix(_DORA)): key for key in keys if key.endswith(_DORA)}
+        lengths = {canonical_name(m["module"]): m[0] for m in map(_DORA_KEY.fullmatch, keys) if m}
         if stray := lengths.keys() - found.keys():
             raise UserError(f"{lengths[stray.pop()]} belongs to no pair of factors; the file is incomplete")
         return {name: _Keys(**roles, dora=lengths.get(name)) for name, roles in found.items()}
@@ -268,14 +260,15 @@ class LoraReader:
         if down.shape[0] == 0:
             raise UserError(f"{name} has rank 0")
         dtype = torch.promote_types(*(_read_dtype(info, name) for info in (down, up)))
-        if keys.dora is not None and self._file.tensors[keys.dora].shape != (up.shape[0], 1):
+        if keys.dora is not None:
             shape = list(self._file.tensors[keys.dora].shape)
-            raise UserError(f"{keys.dora} is {shape}, expected {[up.shape[0], 1]}: one length for each output")
+            if shape not in ([up.shape[0], 1], [up.shape[0]]):
+                raise UserError(f"{keys.dora} is {shape}, expected {[up.shape[0], 1]}: one length for each output")
         return ModuleInfo(down.shape[0], down.shape[1], up.shape[0], dtype, dora=keys.dora is not None)
 
     def _add_alphas(self) -> None:
         """Fill in alpha from the tensors, else from PEFT's configuration."""
-        config = self._peft_config()
+        config = peft_config(self.path, self.metadata, self.format)
         for name, info in self.infos.items():
             module = _KEY.fullmatch(self._keys[name].down)["module"]
             if module + _ALPHA in self._file.tensors:
@@ -284,20 +277,36 @@ class LoraReader:
                     raise UserError(f"{module}{_ALPHA} is {alpha}")
                 alpha = alpha or None  # 0 stands for the rank
             else:
-                alpha = _peft_alpha(config, name, info.rank)
+                alpha = peft_alpha(config, name, info.rank)
             self.infos[name] = replace(info, alpha=alpha)
 
-    def _peft_config(self) -> dict[str, Any]:
-        try:
-            if _PEFT_METADATA in self.metadata:
-                packed = json.loads(self.metadata[_PEFT_METADATA])
-                return {k.removeprefix("transformer."): v for k, v in packed.items()}
-            beside = self.path.with_name(_PEFT_CONFIG)
-            if self.format == "diffusers" and beside.is_file():
-                return json.loads(read_text(beside))
-        except json.JSONDecodeError as error:
-            raise UserError(f"the LoRA's PEFT configuration is not JSON: {error}") from None
-        return {}
+
+def peft_config(path: Path, metadata: Mapping[str, str], fmt: Format) -> dict[str, Any]:
+    """PEFT's configuration of a LoRA file: in its metadata, else in the file beside it; ``{}`` where there is none.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        if PEFT_METADATA in metadata:
+            packed = json.loads(metadata[PEFT_METADATA])
+            return {k.removeprefix("transformer."): v for k, v in packed.items()}
+        beside = path.with_name(_PEFT_CONFIG)
+        if fmt == "diffusers" and beside.is_file():
+            return json.loads(read_text(beside))
+    except json.JSONDecodeError as error:
+        raise UserError(f"the LoRA's PEFT configuration is not JSON: {error}") from None
+    return {}
+
+
+def refuse_dora(readers: Iterable[LoraReader]) -> None:
+    """Raise UserError for a file with DoRA, which is more than a sum of products."""
+    for reader in readers:
+        if any(info.dora for info in reader.infos.values()):
+            raise UserError(
+                f"{reader.path}: DoRA cannot be merged here, since its lengths depend on the base weight; use the file "
+                "as it is, or in training --base_weights"
+            )
 
 
 def load_lora(path: str | os.PathLike[str]) -> LoraFile:
@@ -329,7 +338,7 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in _DTYPES else tensor.to(torch.bfloat16)
 
 
-def _peft_alpha(config: Mapping[str, Any], name: str, rank: int) -> float | None:
+def peft_alpha(config: Mapping[str, Any], name: str, rank: int) -> float | None:
     """alpha of a module by PEFT's rules: the first pattern that ends its path, else the common one."""
     alpha = config.get("lora_alpha")
     path = diffusers_name(name).partition(".")[2]
@@ -402,11 +411,11 @@ def write_lora(
     """
     flat = fmt in ("native", "musubi")
     if fmt == "diffusers" and any(info.dora for info in infos.values()):
-        raise UserError("DoRA cannot be saved for diffusers, which reads no lengths; use the ComfyUI format")
+        raise UserError("DoRA is saved in native or ComfyUI files; make others of those with ltx2_convert_lora.py")
     suffixes = ("lora_down", "lora_up") if flat else ("lora_A", "lora_B")
     specs, roles = [], {}
     for name, info in infos.items():
-        spelled = _SPELLINGS[fmt](name)
+        spelled = SPELLINGS[fmt](name)
         down, up = (f"{spelled}.{suffix}.weight" for suffix in suffixes)
         specs.append(TensorSpec(down, info.dtype, (info.rank, info.in_features)))
         specs.append(TensorSpec(up, info.dtype, (info.out_features, info.rank)))
@@ -434,7 +443,7 @@ def write_lora(
         tensor = getattr(current[name], role)
         return tensor.float() if role == "dora_scale" else tensor
 
-    kept = {k: v for k, v in metadata.items() if k != _PEFT_METADATA}  # its alpha no longer holds
+    kept = {k: v for k, v in metadata.items() if k != PEFT_METADATA}  # its alpha no longer holds
     return write_safetensors(path, specs, tensor, {"format": "pt", **kept}, check=check)
 
 

@@ -18,13 +18,14 @@ from .lora_product import Member, dense_products
 
 
 class Switch:
-    """Shared by all modules of a network: whether their deltas are added at all.
+    """Shared by all modules of a network: whether their deltas are added at all, and whether with a strength of one.
 
-    A bool costs nothing when off and gives a compiled block exactly two variants.
+    Bools cost nothing when off and give a compiled block few variants.
     """
 
     def __init__(self) -> None:
         self.on = True
+        self.as_trained = True
 
 
 class LoRALinear(nn.Module):
@@ -67,6 +68,10 @@ class LoRALinear(nn.Module):
         self.register_buffer("alpha", torch.tensor(self.alpha_value))
         # A tensor, so that changing the multiplier does not recompile a compiled block.
         self.register_buffer("scale", torch.tensor(self.alpha_value / rank), persistent=False)
+        # Where training starts, if that counts as part of the base: see start_from.
+        self.register_buffer("start_down", None)
+        self.register_buffer("start_up", None)
+        self.register_buffer("start_scale", torch.zeros(()), persistent=False)
         self._base: nn.Module | None = None
         self._base_forward: Callable[[Tensor], Tensor] | None = None
 
@@ -91,12 +96,42 @@ class LoRALinear(nn.Module):
                 del self._base.forward
             self.__dict__["_base"] = self._base_forward = None
 
+    # --- start ---
+
+    @torch.no_grad()
+    def start_from(self, down: Tensor, up: Tensor) -> None:
+        """Start at ``up @ down``, which corrects the base and so counts as part of it.
+
+        The multiplier then scales only what is trained beyond: ``base + s * (start + multiplier * (delta - start))``.
+        """
+        # In bfloat16: half the memory, and the factors start at exactly these values.
+        self.start_down = down.to(self.alpha.device, torch.bfloat16)
+        self.start_up = (up * (self.rank / self.alpha_value)).to(self.alpha.device, torch.bfloat16)
+        self.lora_down.weight.copy_(self.start_down)
+        self.lora_up.weight.copy_(self.start_up)
+        self.set_multiplier(self.multiplier)
+
+    @torch.no_grad()
+    def trained_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Down, up and alpha of what training has changed: of rank 2r where it began at a start.
+
+        ``B A - B0 A0 = (B - B0) A + B0 (A - A0)``, of which each term is small where little has changed, so that a
+        narrow dtype rounds the change and not its parts.
+        """
+        down, up = self.lora_down.weight.detach(), self.lora_up.weight.detach()
+        if self.start_down is None:
+            return down, up, self.alpha_value
+        start_down, start_up = self.start_down.to(down.dtype), self.start_up.to(up.dtype)
+        downs, ups = torch.cat([down, down - start_down]), torch.cat([up - start_up, start_up], dim=1)
+        return downs, ups, 2 * self.alpha_value
+
     # --- scale ---
 
     def set_multiplier(self, value: float) -> None:
         """Scale the delta by ``value`` on top of alpha / r, in place."""
         self.multiplier = value
         self.scale.fill_(value * self.alpha_value / self.rank)
+        self.start_scale.fill_((1 - value) * self.alpha_value / self.rank)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         super()._apply(fn, recurse)
@@ -104,6 +139,7 @@ class LoRALinear(nn.Module):
         device = self.alpha.device
         self.alpha = torch.tensor(self.alpha_value, device=device)
         self.scale = torch.tensor(self.multiplier * self.alpha_value / self.rank, device=device)
+        self.start_scale = torch.tensor((1 - self.multiplier) * self.alpha_value / self.rank, device=device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -120,13 +156,20 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]: the base layer's output plus the delta."""
-        if not self.switch.on:
+        if self.switch.on:
+            return adapt_together([self], x)[0]
+        if not self._adds_start:
             return self._base_forward(x)
-        return adapt_together([self], x)[0]
+        rows = x.reshape(-1, x.shape[-1])
+        return _in_shape_of(self._add_start(rows, self._base_forward(rows)), x)
+
+    @property
+    def _adds_start(self) -> bool:
+        return self.start_down is not None and not self.switch.as_trained
 
     def takes_product(self, rows: Tensor) -> bool:
         """Whether :func:`dense_products` computes this layer: the base is dense, of the activations' dtype."""
-        return self.additive and self._is_dense and self._base.weight.dtype == rows.dtype
+        return self.additive and self._is_dense and not self._adds_start and self._base.weight.dtype == rows.dtype
 
     def as_member(self, rows: Tensor, num_samples: int) -> Member:
         """What :func:`dense_products` needs to know of this layer."""
@@ -137,7 +180,12 @@ class LoRALinear(nn.Module):
     def add_delta(self, rows: Tensor, hidden: Tensor, num_samples: int) -> Tensor:
         """The layer's output [M, N] from its input [M, K] and ``down(x)`` [M, r]."""
         y = self._base_forward(rows)
-        return _add_product(y, self._scaled(hidden, num_samples).to(y.dtype), self.lora_up.weight.to(y.dtype))
+        y = add_product(y, self._scaled(hidden, num_samples).to(y.dtype), self.lora_up.weight.to(y.dtype))
+        return self._add_start(rows, y) if self._adds_start else y
+
+    def _add_start(self, rows: Tensor, y: Tensor) -> Tensor:
+        hidden = F.linear(rows, self.start_down.to(rows.dtype)) * self.start_scale
+        return add_product(y, hidden.to(y.dtype), self.start_up.to(y.dtype))
 
     def _scaled(self, hidden: Tensor, num_samples: int) -> Tensor:
         hidden = hidden * self.scale
@@ -176,7 +224,12 @@ def adapt_together(modules: Sequence[LoRALinear], x: Tensor) -> list[Tensor]:
     else:
         parts = F.linear(rows, down).split([m.rank for m in modules], dim=1)
         outputs = [m.add_delta(rows, part, num_samples) for m, part in zip(modules, parts, strict=True)]
-    return list(outputs) if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+    return [_in_shape_of(y, x) for y in outputs]
+
+
+def _in_shape_of(y: Tensor, x: Tensor) -> Tensor:
+    """[M, N] with the leading dimensions of ``x``."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _eager(device: str) -> bool:
@@ -184,7 +237,7 @@ def _eager(device: str) -> bool:
     return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device)
 
 
-def _add_product(y: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+def add_product(y: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     """``y + hidden @ up.T``, in place where that is safe: one pass over y and one rounding of the sum."""
     # A view made inside an autograd Function (of a quantised layer) may not be changed in place; a compiler
     # fuses the sum by itself.

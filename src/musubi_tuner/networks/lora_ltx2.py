@@ -16,7 +16,7 @@ from torch import nn
 from musubi_tuner.common.errors import UserError
 
 from .dora import DoRALinear
-from .formats import DORA_LENGTHS, OVER_BASE, Format, LoraFile, LoraModule, load_lora, save_lora
+from .formats import Format, LoraFile, LoraModule, lengths_over_base, load_lora, save_lora
 from .lora import LoRALinear, Switch
 from .max_norm import limit_norms
 from .module_options import ModuleOptions, check_patterns, dropouts, module_options
@@ -49,6 +49,25 @@ class LoadReport:
 class ModalityCount:
     modules: int = 0
     params: int = 0
+
+
+class _Trained(Mapping[str, LoraModule]):
+    """Canonical names to what training has changed, made one at a time when it is asked for."""
+
+    def __init__(self, modules: Mapping[str, LoRALinear], fmt: Format) -> None:
+        self._modules = modules
+        self._over_base = lengths_over_base(fmt)
+
+    def __getitem__(self, name: str) -> LoraModule:
+        module = self._modules[name]
+        lengths = module.lengths(over_base=self._over_base) if isinstance(module, DoRALinear) else None
+        return LoraModule(*module.trained_factors(), lengths)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
 
 class LoRANetwork(nn.Module):
@@ -99,11 +118,10 @@ class LoRANetwork(nn.Module):
     @multiplier.setter
     def multiplier(self, value: float) -> None:
         self._multiplier = value
-        self._switch.on = value != 0
-        if value != 0:
-            for module in self.modules_by_name.values():
-                if module.multiplier != value:
-                    module.set_multiplier(value)
+        self._switch.on, self._switch.as_trained = value != 0, value == 1
+        for module in self.modules_by_name.values():
+            if (value != 0 or module.start_down is not None) and module.multiplier != value:
+                module.set_multiplier(value)
 
     @contextmanager
     def gain(self, value: float) -> Iterator[LoRANetwork]:
@@ -145,7 +163,7 @@ class LoRANetwork(nn.Module):
                 module.lora_up.weight.copy_(given.up)
                 module.set_alpha(given.alpha or given.info.rank)
                 if isinstance(module, DoRALinear):
-                    module.set_lengths(given.dora_scale, over_base=lora.lengths_over_base)
+                    module.set_lengths(given.dora_scale, over_base=lengths_over_base(lora.format))
         if report.missing or report.unexpected:
             logger.warning("%s: %s", lora.source, report)
         return report
@@ -167,20 +185,11 @@ class LoRANetwork(nn.Module):
         return report
 
     def as_lora_file(self, metadata: Mapping[str, str] | None = None, fmt: Format = "native") -> LoraFile:
-        """The current weights under canonical names (no copies), with the lengths of DoRA as ``fmt`` has them."""
-        over_base = fmt == "comfy"
-        modules = {
-            name: LoraModule(
-                m.lora_down.weight.detach(),
-                m.lora_up.weight.detach(),
-                m.alpha_value,
-                m.lengths(over_base=over_base) if isinstance(m, DoRALinear) else None,
-            )
-            for name, m in self.modules_by_name.items()
-        }
-        if over_base and any(m.dora_scale is not None for m in modules.values()):
-            metadata = {**(metadata or {}), DORA_LENGTHS: OVER_BASE}
-        return LoraFile(modules, dict(metadata or {}))
+        """What the network adds to the original base, under canonical names, with the lengths of DoRA as in ``fmt``.
+
+        These are its current weights (no copies), less the start where it began at one.
+        """
+        return LoraFile(_Trained(self.modules_by_name, fmt), dict(metadata or {}), fmt)
 
     def save_weights(
         self,
@@ -216,8 +225,8 @@ class LoRANetwork(nn.Module):
 
     def metadata(self) -> dict[str, str]:
         """``ss_network_*`` entries that describe this network."""
-        ranks = {m.rank for m in self.modules_by_name.values()}
-        alphas = {m.alpha_value for m in self.modules_by_name.values()}
+        infos = [m.info for m in self.as_lora_file().modules.values()]
+        ranks, alphas = {i.rank for i in infos}, {i.alpha for i in infos}
         dropouts = {m.dropout for m in self.modules_by_name.values()}
         args = {k: v for k, v in vars(self.args).items() if v != getattr(NetworkArgs(), k)}
         return {
@@ -295,18 +304,32 @@ def check_arguments(
 ) -> None:
     """Raise UserError where :func:`create_network` would, knowing only the dotted paths of the model's Linears."""
     args = parse_network_args(network_args)
-    names = _chosen(linears, args)
-    options = module_options(args, network_dim, network_alpha, dropout)
-    options.alpha_of(names[0])
+    names = _chosen(linears, args, quiet=True)  # creating the network will warn
+    module_options(args, network_dim, network_alpha, dropout).make(names[0], nn.Linear(1, 1, device="meta"), Switch())
 
 
-def _chosen(linears: Sequence[str], args: NetworkArgs) -> list[str]:
-    names = select_targets(linears, args.lora_target_preset, args.include_patterns, args.exclude_patterns)
+def _chosen(linears: Sequence[str], args: NetworkArgs, *, quiet: bool = False) -> list[str]:
+    patterns = args.include_patterns, args.exclude_patterns
+    names = select_targets(linears, args.lora_target_preset, *patterns, quiet=quiet)
     if not names:
         raise UserError(f"the LoRA targets match none of the {len(linears)} linear layers of the transformer; "
                         "check --lora_target_preset and include_patterns, exclude_patterns")  # fmt: skip
     check_patterns(args, names)
     return names
+
+
+def planned_ranks(
+    names: Collection[str], network_dim: int | None, network_args: Mapping[str, object]
+) -> dict[str, int]:
+    """Rank of every layer that :func:`create_network` would adapt, by its path; ``names`` are those of all layers.
+
+    Raises:
+        UserError: a bad argument.
+    """
+    args = parse_network_args(network_args)
+    targets = select_targets(names, args.lora_target_preset, args.include_patterns, args.exclude_patterns, quiet=True)
+    rank_of = module_options(args, network_dim, None, None).rank_of
+    return {name: rank_of(name) for name in targets}
 
 
 def create_network_from_weights(

@@ -23,7 +23,7 @@ from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
 
-from .formats import Format, LoraModule, LoraReader, ModuleInfo, write_lora
+from .formats import Format, LoraModule, LoraReader, ModuleInfo, refuse_dora, write_lora
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def merge_loras(
     multipliers = broadcast_multipliers(multipliers, len(paths))
     _check_paths(paths, output)
     readers = [LoraReader(p) for p in paths]
-    _check_no_dora(readers)
+    refuse_dora(readers)
     used = [(r, m) for r, m in zip(readers, multipliers, strict=True) if m != 0]
     if not used:
         raise UserError("--lora_multiplier: all are 0; there is nothing to merge")
@@ -195,15 +195,6 @@ def _check_paths(paths: Sequence[str | os.PathLike[str]], output: str | os.PathL
         raise UserError(f"--save_merged_lora {target}: the name has to end in .safetensors")
     if any(target.resolve() == Path(p).resolve() for p in paths):
         raise UserError(f"--save_merged_lora {target}: this is one of the inputs; choose another name")
-
-
-def _check_no_dora(readers: Sequence[LoraReader]) -> None:
-    for reader in readers:
-        if any(info.dora for info in reader.infos.values()):
-            raise UserError(
-                f"{reader.path}: DoRA cannot be merged into another LoRA, since its lengths depend on the base weight; "
-                "use the files one beside the other"
-            )
 
 
 def _sources(used: Sequence[tuple[LoraReader, float]]) -> dict[str, _Source]:

@@ -1,8 +1,8 @@
 """A Linear layer that holds its frozen weight quantised and makes it dense for the time of one matrix product.
 
 Everything that moves such layers may treat them as plain tensors: ``weight`` is a parameter that needs no gradient,
-``weight_scale`` a buffer, both contiguous. They may be exchanged for tensors of the same shape and dtype before
-``forward``, for instance for views of a buffer on the device::
+``weight_scale`` and ``input_scale``, if there is one, are buffers, all contiguous. They may be exchanged for tensors of
+the same shape and dtype before ``forward``, for instance for views of a buffer on the device::
 
     layer.weight = nn.Parameter(slot[:n].view(layer.weight.dtype).view(layer.weight.shape), requires_grad=False)
     layer.weight_scale = slot[n:].view(torch.float32).view(layer.weight_scale.shape)
@@ -54,21 +54,26 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = packed.shape
         self.weight = _frozen(packed.weight)
         self.register_buffer("weight_scale", packed.scale)
+        self.register_buffer("input_scale", packed.input_scale)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
+        if self.input_scale is not None:
+            x = x / self.input_scale.to(x.dtype)
         return _Product.apply(x, self.weight, self.weight_scale, self.bias)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """[N, K]: the weight that the layer acts with."""
-        return dequantize(self.weight, self.weight_scale, dtype)
+        return Packed(self.weight, self.weight_scale, self.input_scale).dense(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # As bytes, so that a cast of the model passes by what is FP8 or a scale.
         weight, scale = self.weight.data, self.weight_scale
         self.weight = _frozen(fn(weight.view(torch.uint8)).view(weight.dtype))
         self.weight_scale = fn(scale.view(torch.uint8)).view(scale.dtype)
+        if self.input_scale is not None:
+            self.input_scale = fn(self.input_scale.view(torch.uint8)).view(self.input_scale.dtype)
         if self.bias is not None:
             self.bias = _frozen(fn(self.bias.data))
         return self

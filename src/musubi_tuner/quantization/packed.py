@@ -19,10 +19,12 @@ class Packed:
     Attributes:
         weight: FP8 [N, K], or two NF4 codes a byte [N, K / 2] uint8.
         scale: fp32 [1 or N, G]; K / G values of a row share one.
+        input_scale: fp32 [K]: inputs are divided by it, since the weight's columns were multiplied; ``None`` for ones.
     """
 
     weight: Tensor
     scale: Tensor
+    input_scale: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -32,7 +34,13 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on another device."""
-        return Packed(self.weight.to(device), self.scale.to(device))
+        scale = None if self.input_scale is None else self.input_scale.to(device)
+        return Packed(self.weight.to(device), self.scale.to(device), scale)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[N, K]: the weight that it stands for."""
+        weight = dequantize(self.weight, self.scale, dtype)
+        return weight if self.input_scale is None else weight / self.input_scale.to(dtype)
 
 
 class Method(Protocol):
@@ -72,10 +80,21 @@ class Fp8:
     def fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) == 2
 
+    def blocks_of(self, k: int) -> int:
+        """Scales of a row of ``k`` values."""
+        return 1 if self.block_size is None or k % self.block_size else k // self.block_size
+
     def quantize(self, weight: Tensor) -> Packed:
         n, k = weight.shape
-        blocks = 1 if self.block_size is None or k % self.block_size else k // self.block_size
-        return Packed(*quantize_fp8(weight, (n, blocks)))
+        return Packed(*quantize_fp8(weight, (n, self.blocks_of(k))))
+
+
+def packed_bytes(method: Nf4 | Fp8, shape: tuple[int, int]) -> int:
+    """Bytes of a weight [N, K] that ``method`` has quantised, scales included."""
+    n, k = shape
+    if isinstance(method, Nf4):
+        return n * k // 2 + 4 * n * (k // method.block_size)
+    return n * k + 4 * n * method.blocks_of(k)
 
 
 def is_nf4(weight: Tensor) -> bool:

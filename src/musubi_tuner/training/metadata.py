@@ -72,11 +72,16 @@ def _full(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:
         "max_train_steps": facts.max_train_steps,
         "gradient_accumulation_steps": optimizer.gradient_accumulation_steps,
         "gradient_checkpointing": config.memory.settings.checkpointing,
+        "gradient_checkpointing_cpu_offload": config.memory.settings.offload_inputs,
         "network_dropout": config.network.network_dropout,
         **base_weights_facts(config),
         "mixed_precision": facts.mixed_precision,
         "full_fp16": config.precision.full_fp16,
         "full_bf16": config.precision.full_bf16,
+        "fp8_base": config.quantization.fp8_base,
+        "nf4_base": config.quantization.nf4_base,
+        "loftq_init": config.calibration.loftq_init,
+        "awq_calibration": config.calibration.awq_calibration,
         "seed": facts.seed,
         "training_comment": config.network.training_comment,
         "guidance_scale": config.preview.guidance_scale,
@@ -100,6 +105,7 @@ def _full(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:
         **_references(config),
         "datasets": json.dumps(facts.datasets),
         "sd_model_name": config.checkpoint.ltx2_checkpoint.name if config.checkpoint.ltx2_checkpoint else None,
+        "vae_name": config.checkpoint.ltx2_checkpoint.name if config.checkpoint.ltx2_checkpoint else None,
     }
     return {f"ss_{k}": v for k, v in values.items()}
 
@@ -115,7 +121,11 @@ def base_weights_facts(config: TrainNetworkConfig) -> dict[str, str]:
 
 def _references(config: TrainNetworkConfig) -> Mapping[str, Any]:
     strategy = config.references.ic_lora_strategy
-    values: dict[str, Any] = {"ic_lora_strategy": strategy, "v2v_training": True if strategy == "v2v" else None}
+    values: dict[str, Any] = {"ic_lora_strategy": strategy}
+    if strategy == "v2v":
+        values["v2v_training"] = True
+    elif config.loss.ltx2_first_frame_conditioning_p > 0 and config.checkpoint.ltx2_mode != "audio":
+        values["i2v_training"] = True
     if strategy == "audio_ref_only_ic":  # sampling has to do the same
         values |= audio_flags(config)
     return values

@@ -101,4 +101,12 @@ def resume_settings(config: TrainNetworkConfig, loop: LoopSettings) -> dict[str,
         "network_module": config.network.network_module,
         "processes": loop.world_size,
         "base_weights": _base_weights(config),
+        **_base(config),
     }
+
+
+def _base(config: TrainNetworkConfig) -> dict[str, Any]:
+    """What makes other base weights of the same checkpoint, for the LoRA to have been trained on."""
+    calibration = config.calibration
+    awq = [calibration.awq_alpha, calibration.awq_num_batches] if calibration.awq_calibration else None
+    return {"loftq_iters": calibration.loftq_iters if calibration.loftq_init else None, "awq_calibration": awq}

@@ -14,11 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from musubi_tuner.assembly.quantization import LoftQRequest
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.cuda import configure_cuda
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.seeding import derive_seed
+from musubi_tuner.config.model import Mode
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.batch import SampleKey
 from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
@@ -28,13 +30,12 @@ from musubi_tuner.diffusion.level_pool import LevelPool
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_logit_mode
 from musubi_tuner.memory.compilation import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
-from musubi_tuner.models.ltx2.config import Mode
 from musubi_tuner.models.ltx2.load import Edits, check_editable, transformer_shapes
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.networks.base_weights import open_base_weights, weight_edits
 from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork, check_arguments, check_file_arguments
+from musubi_tuner.networks.merge_on_load import open_base_weights, weight_edits
 from musubi_tuner.networks.network_args import parse_network_args
 from musubi_tuner.networks.resolve import BUILT_IN, resolve_network_module
 
@@ -121,7 +122,7 @@ def check_model(config: TrainNetworkConfig, checkpoint: Checkpoint) -> Edits:
         UserError: network options or files of ``--base_weights`` that do not fit the checkpoint.
     """
     settings = config.network
-    shapes = transformer_shapes(checkpoint, built_streams(config))
+    shapes = transformer_shapes(checkpoint, streams_built(config))
     if settings.dim_from_weights:
         if settings.network_dim is not None:
             logger.warning("--network_dim has no effect: --dim_from_weights takes the ranks of --network_weights")
@@ -141,8 +142,8 @@ def check_model(config: TrainNetworkConfig, checkpoint: Checkpoint) -> Edits:
     return weight_edits(open_base_weights(settings.base_weights, settings.base_weights_multiplier), shapes)
 
 
-def built_streams(config: TrainNetworkConfig) -> Mode:
-    """Which streams of the transformer are built."""
+def streams_built(config: TrainNetworkConfig) -> Mode:
+    """Which modules of the transformer a run has: ``video``, ``av`` or ``audio``."""
     mode = config.checkpoint.ltx2_mode
     return "av" if mode == "audio" and not config.version.ltx2_audio_only_model else mode
 
@@ -154,6 +155,7 @@ def load_model(
     seed: int,
     quantization: Quantization | None,
     edits: Edits,
+    loftq: LoftQRequest | None = None,
 ) -> tuple[LTX2Transformer, LoRANetwork]:
     settings = config.network
     module = resolve_network_module(settings.network_module)
@@ -171,7 +173,7 @@ def load_model(
             **network_options(config),
         )
 
-    streams = built_streams(config)
+    streams = streams_built(config)
     if streams != config.checkpoint.ltx2_mode:
         logger.info(
             "mode audio with the whole transformer: modules of the attention between the streams get no gradient, "
@@ -188,6 +190,7 @@ def load_model(
         network=make,
         compilation=config.compilation.settings,
         memory=config.memory.settings,
+        loftq=loftq,
     )
     if settings.network_weights is not None and not settings.dim_from_weights:
         network.load_weights(settings.network_weights)
@@ -321,7 +324,12 @@ def check_choices(config: TrainNetworkConfig) -> None:
     options = network_options(config)
     check_optimizer(config.optimizer, config.network, options.get("loraplus_lr_ratio"))
     if config.network.network_module in BUILT_IN:
-        parse_network_args(options)
+        args = parse_network_args(options)
+        if args.use_dora and config.calibration.loftq_init:
+            raise UserError(
+                "--loftq_init and --network_args use_dora exclude each other: the lengths of DoRA are those of the "
+                "quantised weights; leave one out"
+            )
         if config.network.dim_from_weights:
             check_file_arguments(file_options(config))
     if config.network.network_weights is not None:

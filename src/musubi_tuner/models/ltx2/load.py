@@ -18,7 +18,15 @@ from musubi_tuner.quantization.stored import Stored, scale_matrix
 
 from .config import Mode, TransformerConfig
 from .keys import in_mode, transformer_keys
-from .quantize import Quantization, WeightPlan, check_quantization, plan_weights, stored_transformer
+from .quantize import (
+    Quantization,
+    Quantize,
+    WeightPlan,
+    check_quantization,
+    plan_weights,
+    quantize_plainly,
+    stored_transformer,
+)
 from .transformer import LTX2Transformer
 
 if TYPE_CHECKING:
@@ -65,14 +73,15 @@ def load_transformer(
     device: torch.device | str,
     quantization: Quantization | None = None,
     host_blocks: Collection[int] = (),
+    quantize: Quantize = quantize_plainly,
     edits: Edits | None = None,
 ) -> LTX2Transformer:
     """Load the frozen transformer, or the stream of it that ``mode`` asks for, to ``device``.
 
     Only that stream's tensors are read, in the order of the file, each straight to its place: host memory
     holds little more than what stays there, which are the blocks at the positions ``host_blocks``. With
-    ``quantization`` each weight is quantised before the next is read. ``edits`` change weights before that; FP8
-    weights of the file are made dense for it, and FP8 again.
+    ``quantization`` each weight is quantised before the next is read, by ``quantize``. ``edits`` change weights before
+    that; FP8 weights of the file are made dense for it, and FP8 again.
 
     Raises:
         UserError: before anything is read, when the tensors are not exactly those of the configuration, or are
@@ -95,7 +104,15 @@ def load_transformer(
     if torch.device(device).type == "cuda" and quantization is not None and quantization.kind == "nf4":
         find_kernel()
     tensors = _read(
-        checkpoint, keys, parameters, plan, dtype=dtype, device=device, quantization=quantization, edits=edits
+        checkpoint,
+        keys,
+        parameters,
+        plan,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        quantize=quantize,
+        edits=edits,
     )
     sizes = {name: info.nbytes for name, info in infos.items()}
     on_host = tuple(f"transformer_blocks.{position}." for position in host_blocks)
@@ -128,6 +145,7 @@ def _read(
     dtype: torch.dtype,
     device: torch.device | str,
     quantization: Quantization | None,
+    quantize: Quantize,
     edits: Edits,
 ) -> Iterator[tuple[str, Tensor | Packed]]:
     """Every parameter of the model by name: dense in ``dtype`` or packed, on ``device``."""
@@ -159,8 +177,8 @@ def _read(
     if plan.quantised:
         wanted = [parameters[name] for name in plan.quantised]
         for key, weight in checkpoint.read(wanted, device=quantization.device):
-            result = plan.method.quantize(_edited(names[key], weight, edits))
-            yield names[key], Packed(result.weight.to(device), result.scale.to(device))
+            name = names[key]
+            yield name, quantize(name, _edited(name, weight, edits), quantization.method_for(name)).to(device)
 
 
 def _edited(name: str, weight: Tensor, edits: Edits) -> Tensor:

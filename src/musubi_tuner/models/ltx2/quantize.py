@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import TensorInfo
-from musubi_tuner.quantization.packed import Fp8, Method, Nf4
+from musubi_tuner.quantization.awq import ActivationAware
+from musubi_tuner.quantization.packed import Fp8, Method, Nf4, Packed
 from musubi_tuner.quantization.stored import Stored, read_stored
 
 from .keys import transformer_keys
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from musubi_tuner.models.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+# Makes a packed weight of a dense one, given its name and the method for it.
+Quantize = Callable[[str, Tensor, Method], Packed]
 
 # Attention and feed-forward of the blocks. Gates, norms, tables, embeddings and heads stay dense: they are small.
 _TARGET = re.compile(
@@ -44,16 +49,33 @@ class Quantization:
         requantise: ``--fp8_scaled``, which is for dense files only.
         block_size: of NF4; that of a file which is NF4 already wins.
         device: where weights are quantised.
+        calibrate: needs full precision, for a calibration to make something of it.
+        magnitudes: mean abs(input) [K] by the names of the weights that were calibrated.
+        strength: of the calibration, 0 to 1.
     """
 
     kind: Literal["fp8", "nf4"]
     requantise: bool = False
     block_size: int = 32
     device: torch.device | str = "cpu"
+    calibrate: bool = False
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    strength: float = 0.0
 
     @property
     def method(self) -> Method:
         return Nf4(self.block_size) if self.kind == "nf4" else Fp8()
+
+    def method_for(self, name: str) -> Method:
+        """For the weight of that name."""
+        if name not in self.magnitudes:
+            return self.method
+        return ActivationAware(self.method, self.magnitudes[name], self.strength)
+
+
+def quantize_plainly(name: str, weight: Tensor, method: Method) -> Packed:
+    """Nothing but the method."""
+    return method.quantize(weight)
 
 
 @dataclass(frozen=True)
@@ -64,14 +86,12 @@ class WeightPlan:
         kept: quantised weights that stay as they are.
         expanded: quantised weights that become dense.
         quantised: dense weights that are quantised while they are loaded.
-        method: for those.
     """
 
     stored: Stored
     kept: frozenset[str] = frozenset()
     expanded: frozenset[str] = frozenset()
     quantised: frozenset[str] = frozenset()
-    method: Method | None = None
 
 
 def stored_transformer(checkpoint: Checkpoint) -> Stored:
@@ -91,6 +111,11 @@ def check_quantization(checkpoint: Checkpoint, quantization: Quantization | None
     if stored.kind == "nf4" and wanted != "nf4":
         instead = " instead of --fp8_base" if wanted == "fp8" else ""
         raise UserError(f"{checkpoint.path} holds NF4 weights; add --nf4_base{instead}, or use the original file")
+    if stored.kind == "nf4" and quantization is not None and quantization.calibrate:
+        raise UserError(
+            f"{checkpoint.path} holds NF4 weights already; --awq_calibration needs full precision: use the original "
+            "file, or leave it out"
+        )
     if stored.kind == "fp8" and wanted == "nf4":
         raise UserError(
             f"{checkpoint.path} holds FP8 weights; --nf4_base needs full precision: use the bf16 file, or --fp8_base"
@@ -122,4 +147,4 @@ def plan_weights(
     if left := len(targets) - len(fitting):
         logger.warning("%d weights stay dense: their rows are no whole number of quantisation blocks", left)
     logger.info("quantising %d weights to %s", len(fitting), quantization.kind.upper())
-    return WeightPlan(stored, quantised=fitting, method=quantization.method)
+    return WeightPlan(stored, quantised=fitting)

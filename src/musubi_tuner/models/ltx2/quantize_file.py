@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -27,23 +27,31 @@ def quantize_file(source: Path, target: Path, *, block_size: int, device: torch.
     Raises:
         UserError: ``source`` has no transformer, is quantised already, or has no weight of a fitting width.
     """
-    file = SafetensorsFile(source)
-    names = {name: file.tensors[key] for name, key in transformer_keys(file.tensors).items()}
-    stored = read_stored(names, file.metadata, str(source))
-    if stored.kind != "dense":
-        raise UserError(f"{source} is quantised already ({stored.kind.upper()}); give the bf16 file")
-    method = Nf4(block_size)
-    keys = transformer_keys(file.tensors).items()
-    chosen = {key for name, key in keys if is_target(name) and method.fits(file.tensors[key].shape)}
-    if not chosen:
-        raise UserError(f"{source}: no weight has rows of whole blocks of {block_size}; lower --nf4_block_size")
-
+    file, method = SafetensorsFile(source), Nf4(block_size)
+    chosen = set(weights_to_quantise(file, block_size).values())
     infos: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for key, info in file.tensors.items():
         infos |= _quantised_infos(key, info, block_size) if key in chosen else {key: (info.dtype, info.shape)}
     metadata = {**file.metadata, **NF4_MARK, NF4_BLOCK_KEY: str(block_size)}
     write_streamed(target, infos, _tensors(file, chosen, method, device), metadata)
     return len(chosen)
+
+
+def weights_to_quantise(file: SafetensorsFile, block_size: int) -> dict[str, str]:
+    """Name in the transformer to key in the file of each weight that is quantised.
+
+    Raises:
+        UserError: see :func:`quantize_file`.
+    """
+    keys = transformer_keys(file.tensors)
+    stored = read_stored({name: file.tensors[key] for name, key in keys.items()}, file.metadata, str(file.path))
+    if stored.kind != "dense":
+        raise UserError(f"{file.path} is quantised already ({stored.kind.upper()}); give the bf16 file")
+    fits = Nf4(block_size).fits
+    chosen = {name: key for name, key in keys.items() if is_target(name) and fits(file.tensors[key].shape)}
+    if not chosen:
+        raise UserError(f"{file.path}: no weight has rows of whole blocks of {block_size}; lower --nf4_block_size")
+    return chosen
 
 
 def _quantised_infos(key: str, info: TensorInfo, block_size: int) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -56,7 +64,7 @@ def _quantised_infos(key: str, info: TensorInfo, block_size: int) -> Mapping[str
 
 
 def _tensors(
-    file: SafetensorsFile, chosen: set[str], method: Nf4, device: torch.device | str
+    file: SafetensorsFile, chosen: Collection[str], method: Nf4, device: torch.device | str
 ) -> Iterator[tuple[str, Tensor]]:
     sizes = {key: info.nbytes for key, info in file.tensors.items()}
     for key, tensor in bytes_progress(file.read(), sizes, desc="quantising"):

@@ -16,7 +16,7 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import load_transformer, transformer_shapes
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.quantize_file import quantize_file
-from musubi_tuner.networks.base_weights import open_base_weights, weight_edits
+from musubi_tuner.networks.merge_on_load import open_base_weights, weight_edits
 from musubi_tuner.quantization.packed import dequantize
 
 PREFIX = "model.diffusion_model."

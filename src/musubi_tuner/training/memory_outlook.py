@@ -31,6 +31,7 @@ from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
 from musubi_tuner.networks.resolve import resolve_network_module
 
+from .fused_backward import PARTS
 from .optimizers import optimizer_class, parse_key_values
 from .outlook import batch_size
 from .previews import wants_previews
@@ -195,6 +196,7 @@ def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerCon
         state_bytes=state,
         accumulating=config.optimizer.gradient_accumulation_steps > 1,
         averaged=config.network.ema_decay is not None,
+        gradient_parts=PARTS if config.optimizer.fused_backward_pass else 1,
     )
 
 

@@ -72,16 +72,29 @@ def test_a_mixed_network_with_dora_from_a_file_goes_on_and_generates(cached_demo
     second = load_file(tmp_path / "second" / "x.safetensors")
     assert second.keys() == keys.keys()
     assert all(torch.equal(second[k], t) for k, t in keys.items() if "audio" not in k)
-    for number, weights in enumerate((["--lora_weight", str(first)], [])):
-        generate(
-            [
-                *("--ltx2_checkpoint", str(assets.checkpoint), "--ltx2_mode", "av", "--mixed_precision", "no"),
-                *("--use_precached_sample_prompts", "--sample_prompts", str(assets.prompts), "--sample_steps", "2"),
-                *("--output_dir", str(tmp_path / f"clips{number}"), "--seed", "1", *weights),
-            ]
+    comfy = first.with_name("x.comfy.safetensors")
+    plain, own, theirs, off = (
+        sampled(assets, tmp_path / str(number), *flags)
+        for number, flags in enumerate(
+            [(), ("--lora_weight", str(first)), ("--lora_weight", str(comfy)), off_flags(first)]
         )
-    clips = [next((tmp_path / f"clips{i}").glob("*.mp4")).read_bytes() for i in range(2)]
-    assert clips[0] != clips[1]
+    )
+    for key, tensor in plain.items():
+        assert torch.equal(off[key], tensor)
+        difference = (own[key] - tensor).norm()
+        assert (own[key] - theirs[key]).norm() < 0.2 * difference
+
+
+def off_flags(file: Path) -> tuple[str, ...]:
+    return ("--lora_weight", str(file), "--lora_multiplier", "0")
+
+
+def sampled(assets, output: Path, *flags: str) -> dict[str, torch.Tensor]:
+    argv = ["--ltx2_checkpoint", str(assets.checkpoint), "--ltx2_mode", "av", "--gemma_root", str(assets.gemma)]
+    argv += ["--prompt", "a fox", "--height", "64", "--width", "64", "--sample_num_frames", "9", "--seed", "3"]
+    argv += ["--sample_steps", "2", "--device", "cpu", "--mixed_precision", "no", "--output_type", "latent"]
+    generate([*argv, "--output_dir", str(output), *flags])
+    return load_file(next(output.glob("*.safetensors")))
 
 
 def test_what_is_refused_before_the_model_is_loaded(cached_demo, tmp_path: Path, capsys):

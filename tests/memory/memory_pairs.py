@@ -129,9 +129,9 @@ def _letter(index: int) -> str:
 _HEAD = """# Ways of saving memory, two by two
 
 Every pair of them, as the rules answer and a test shows. `=`: works, and loss, gradients and weights after two steps
-are bit for bit those of the plain model with the same base, network and optimizer; halves of a batch and equal processes
-count as the whole. `≈`: works, and loss and gradients agree to rounding, since sums are taken in another order. `/`: two
-values of one flag. A letter: refused, with the message below. This page is made from the rules;
+are bit for bit those of the plain model with the same base, network and optimizer; halves of a batch and equal
+processes count as the whole. `≈`: works, and loss and gradients agree to rounding, since sums are taken in another
+order. `/`: two values of one flag. A letter: refused, with the message below. This page is made from the rules;
 `tests/memory/test_memory_pairs.py` fails where it is not current, and trains every pair that is not refused on a tiny
 model.
 """

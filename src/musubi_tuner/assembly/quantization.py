@@ -10,6 +10,7 @@ import torch
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.memory import QuantizationConfig
 from musubi_tuner.models.ltx2.quantize import Quantization
+from musubi_tuner.quantization.fp8_products import Fp8Products, find_products
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,22 @@ def quantization_settings(config: QuantizationConfig, device: torch.device) -> Q
         requantise=config.fp8_scaled,
         block_size=config.nf4_block_size,
         device=_calculation_device(config.quantize_device, _VARIABLES[kind], device),
+        by_row=config.fp8_w8a8,
+        products=_products(config, device) if config.fp8_w8a8 else None,
     )
+
+
+def _products(config: QuantizationConfig, device: torch.device) -> Fp8Products | None:
+    """The same weights with or without, so that what is trained does not depend on the card."""
+    products = find_products(device, backward=config.fp8_gradients)
+    if products is None:
+        logger.warning(
+            "--fp8_w8a8: no FP8 products on %s; weights are dequantised instead, which is slower and more exact",
+            torch.cuda.get_device_name(device) if device.type == "cuda" else device,
+        )
+    elif products.kernel == "reference":
+        logger.warning("--fp8_w8a8: products of FP8 numbers in float32 on %s, for trying it: nothing is faster", device)
+    return products
 
 
 def _calculation_device(asked: str | None, variable: str, device: torch.device) -> torch.device:

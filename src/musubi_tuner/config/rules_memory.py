@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .memory import BlockMemoryConfig, CompileConfig, CudaConfig, MemoryConfig, QuantizationConfig
+from .memory import BlockMemoryConfig, CompileConfig, CudaConfig, MemoryConfig, QuantizationConfig, TrainingQuantizationConfig
 
 _BLOCK_SIZES = [2**n for n in range(5, 12)]
 
@@ -50,11 +50,20 @@ def quantization(config: QuantizationConfig) -> Iterable[str]:
         yield "--fp8_base and --nf4_base exclude each other; give one"
     if config.fp8_scaled and not config.fp8_base:
         yield "--fp8_scaled needs --fp8_base"
+    if config.fp8_w8a8 and not config.fp8_base:
+        yield "--fp8_w8a8 needs --fp8_base"
     if config.quantize_device is not None and not (config.fp8_base or config.nf4_base):
         yield "--quantize_device needs --fp8_base or --nf4_base"
     if config.nf4_block_size != QuantizationConfig().nf4_block_size and not config.nf4_base:
         yield "--nf4_block_size needs --nf4_base"
     yield from nf4_block_size(config.nf4_block_size)
+
+
+def training_quantization(config: TrainingQuantizationConfig) -> Iterable[str]:
+    """The same, and what only training has."""
+    yield from quantization(config)
+    if config.fp8_w8a8_backward is not None and not config.fp8_w8a8:
+        yield "--fp8_w8a8_backward needs --fp8_w8a8"
 
 
 def nf4_block_size(size: int) -> Iterable[str]:

@@ -12,6 +12,7 @@ import torch
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import TensorInfo
+from musubi_tuner.quantization.fp8_products import Fp8Products
 from musubi_tuner.quantization.packed import Fp8, Method, Nf4
 from musubi_tuner.quantization.stored import Stored, read_stored
 
@@ -44,16 +45,22 @@ class Quantization:
         requantise: ``--fp8_scaled``, which is for dense files only.
         block_size: of NF4; that of a file which is NF4 already wins.
         device: where weights are quantised.
+        by_row: FP8 with a scale for each row, which products in FP8 need, rather than for blocks of it.
+        products: how these products are computed; ``None``: weights are dequantised.
     """
 
     kind: Literal["fp8", "nf4"]
     requantise: bool = False
     block_size: int = 32
     device: torch.device | str = "cpu"
+    by_row: bool = False
+    products: Fp8Products | None = None
 
     @property
     def method(self) -> Method:
-        return Nf4(self.block_size) if self.kind == "nf4" else Fp8()
+        if self.kind == "nf4":
+            return Nf4(self.block_size)
+        return Fp8(None) if self.by_row else Fp8()
 
 
 @dataclass(frozen=True)

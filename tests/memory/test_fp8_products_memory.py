@@ -10,7 +10,7 @@ from musubi_tuner.assembly.transformer import attach_to_blocks
 from musubi_tuner.config.memory import CompileSettings, MemorySettings
 from musubi_tuner.models.ltx2.quantize import Quantization, is_target
 from musubi_tuner.quantization.fp8_products import Fp8Products
-from musubi_tuner.quantization.linear import QuantizedLinear, pack_linear, use_products
+from musubi_tuner.quantization.linear import pack_linear, use_products
 
 LAYERS = 4
 SETTINGS = {
@@ -91,4 +91,3 @@ def test_compiled_blocks(name, kernel):
     for a, b in zip(made.step(), quantised(Fp8Products(kernel)).step(), strict=True):
         assert (a - b).norm() <= 0.01 * b.norm()
     torch._dynamo.reset()
-

@@ -123,6 +123,54 @@ def test_scales_of_the_official_layout_are_used(write):
         assert (layer.dense_weight(torch.float32) - weight).abs().max() < 0.07 * weight.abs().max()
 
 
+def test_layers_described_in_the_metadata(write):
+    """The current layout of ComfyUI: formats in the header and beside each weight, one scale each."""
+
+    def edit(state):
+        fp8_edit(state)
+        text = json.dumps({"format": "float8_e4m3fn"}).encode()
+        for key in [k for k in state if k.endswith(".weight_scale")]:
+            layer = key.removesuffix(".weight_scale")
+            state[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+
+    expected = packed_layers(load(write(fp8_edit), FP8))
+    layers = packed_layers(load(write(edit, layer_formats("float8_e4m3fn")), FP8))
+    assert len(layers) == len(expected) == 56
+    for name, layer in layers.items():
+        assert torch.equal(layer.dense_weight(torch.float32), expected[name].dense_weight(torch.float32))
+
+
+@pytest.mark.parametrize("suffix", [".weight_scale", ".scale_weight"])
+@pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
+def test_files_with_the_transformer_alone(write, prefix, suffix):
+    def edit(state):
+        to_fp8(state, scale_suffix=suffix)
+        state[f"{PREFIX}scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+        del state["vae.encoder.conv_in.conv.weight"]
+        for key in list(state):
+            state[prefix + key.removeprefix(PREFIX)] = state.pop(key)
+
+    layers = packed_layers(load(write(edit), FP8))
+    assert len(layers) == 56
+    assert all(layer.weight_scale.tolist() == [[pytest.approx(0.01)]] for layer in layers.values())
+
+
+def test_a_float8_file_of_the_other_kind(write):
+    def edit(state):
+        fp8_edit(state)
+        for key in [k for k in state if state[k].dtype == torch.float8_e4m3fn]:
+            state[key] = state[key].float().to(torch.float8_e5m2)
+
+    checkpoint = write(edit)
+    state = load_file(checkpoint.path)
+    layers = packed_layers(load(checkpoint, FP8))
+    assert len(layers) == 56
+    for name, layer in layers.items():
+        assert layer.weight.dtype == torch.float8_e5m2
+        expected = state[f"{PREFIX}{name}.weight"].float() * state[f"{PREFIX}{name}.weight_scale"]
+        assert torch.equal(layer.dense_weight(torch.float32), expected)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_older_comfyui_layout(write, shape):
     def edit(state):
@@ -213,12 +261,30 @@ def scaleless(state):
     state[key] = torch.zeros(32, 16, dtype=torch.uint8)
 
 
+def mxfp8(state):
+    key = f"{BLOCK_0}attn1.to_q"
+    state[f"{key}.weight"] = state[f"{key}.weight"].to(torch.float8_e4m3fn)
+    state[f"{key}.weight_scale"] = torch.ones(32, 1).to(torch.float8_e8m0fnu)
+
+
+def layer_formats(name: str) -> dict[str, str]:
+    layers = {f"transformer_blocks.0.attn1.{n}": {"format": name} for n in ("to_q", "to_k")}
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
 NF4_FILE = {"nf4_quantized": "true", "nf4_block_size": "32"}
 REFUSED = {
     "--fp8_scaled on FP8": (fp8_edit, None, FP8_SCALED, "leave out --fp8_scaled"),
     "NF4 of FP8": (fp8_edit, None, NF4, "--nf4_base needs full precision"),
     "scale without weight": (orphan, None, None, "1 scales belong to no quantised weight"),
     "int8": (int8, None, None, "1 weights are stored as int8"),
+    "MXFP8": (mxfp8, None, FP8, "1 scales are stored as float8_e8m0fnu"),
+    "a format of layers": (
+        fp8_edit,
+        layer_formats("float8_e4m3fn_blockwise"),
+        FP8,
+        "2 layers are in the format float8_",
+    ),
     "a scale of another weight": (wrong_scale, None, FP8, "fits no weight"),
     "NF4 without scale": (scaleless, NF4_FILE, NF4, "1 NF4 weights have no scale"),
 }

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .memory import BlockMemoryConfig, CompileConfig, CudaConfig, MemoryConfig, QuantizationConfig, TrainingQuantizationConfig
+from .memory import (
+    BlockMemoryConfig,
+    CompileConfig,
+    CudaConfig,
+    MemoryConfig,
+    QuantizationConfig,
+    TrainingQuantizationConfig,
+)
 
 _BLOCK_SIZES = [2**n for n in range(5, 12)]
 

@@ -9,7 +9,8 @@ plain cast                   FP8 [N, K]                  nothing: the scale is 1
 NF4 of ltx2_quantize_model   codes [N, K / 2] uint8      ``X.scale_weight`` [N, K / block, 1], ``X.nf4_shape`` [2]
 ===========================  ==========================  ===========================================================
 
-The scales of the inputs belong to products in FP8 and are not used here.
+The scales of the inputs were measured for generating and are not used here. Current files also say the format of each
+layer in their metadata (``_quantization_metadata``); one that is not FP8 with such scales is refused.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ SCALE, SHAPE = ".scale_weight", ".nf4_shape"  # of the NF4 file
 _SCALES = (".weight_scale", SCALE)
 _UNUSED = (".input_scale", ".scale_input", ".comfy_quant", SHAPE)
 _SENTINEL = "scaled_fp8"
+_LAYERS_KEY = "_quantization_metadata"
+_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # MXFP8 has exponents
+_UNKNOWN = "a quantisation that is not supported; use the bf16 or FP8 file, or an NF4 file of ltx2_quantize_model.py"
 _LISTED = 3
 
 
@@ -69,8 +74,12 @@ def read_stored(infos: Mapping[str, TensorInfo], metadata: Mapping[str, Any], so
     is_nf4 = metadata.get("nf4_quantized") == NF4_MARK["nf4_quantized"]
     quantised = [n for n, info in infos.items() if n not in companions and _is_packed(info, is_nf4)]
     _refuse_others(infos, companions, quantised, source)
+    _refuse_formats(metadata.get(_LAYERS_KEY), source)
     scales = {name: _scale_of(name, infos) for name in quantised}
     used = set(scales.values())
+    if odd := [n for n in companions if n in used and infos[n].dtype not in _SCALE_DTYPES]:
+        names = _list(sorted({str(infos[n].dtype).removeprefix("torch.") for n in odd}))
+        raise UserError(f"{source}: {len(odd)} scales are stored as {names} ({_list(odd)}), {_UNKNOWN}")
     if lost := [n for n in companions if n.endswith(_SCALES) and n not in used]:
         raise UserError(
             f"{source}: {len(lost)} scales belong to no quantised weight ({_list(lost)}); the file was changed "
@@ -117,9 +126,19 @@ def _refuse_others(
     if others:
         names = sorted({str(infos[n].dtype).removeprefix("torch.") for n in others})
         raise UserError(
-            f"{source}: {len(others)} weights are stored as {', '.join(names)} ({_list(others)}), a quantisation that "
-            "is not supported; use the bf16 or FP8 file, or an NF4 file of ltx2_quantize_model.py"
+            f"{source}: {len(others)} weights are stored as {', '.join(names)} ({_list(others)}), {_UNKNOWN}"
         )
+
+
+def _refuse_formats(described: Any, source: str) -> None:
+    """``described``: ``{"layers": {name: {"format": ...}}}`` where a file has it."""
+    layers = described.get("layers") if isinstance(described, Mapping) else None
+    if not isinstance(layers, Mapping):
+        return
+    formats = {n: str(e["format"]) for n, e in layers.items() if isinstance(e, Mapping) and "format" in e}
+    if others := [name for name, format_ in formats.items() if format_ not in _FORMATS]:
+        names = _list(sorted({formats[name] for name in others}))
+        raise UserError(f"{source}: {len(others)} layers are in the format {names} ({_list(others)}), {_UNKNOWN}")
 
 
 def _list(names: list[str]) -> str:

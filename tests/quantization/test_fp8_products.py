@@ -231,3 +231,23 @@ def test_choice(monkeypatch, card, fused):
 def test_choice_without_a_gpu():
     assert find_products(CPU, backward=False) == Fp8Products("reference", False)
     assert find_products(torch.device("mps"), backward=True) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(7,), (2, 500)])
+@pytest.mark.parametrize("scales", [(1, 1), (N, 1)], ids=["tensor", "row"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_gpu(dtype, scales, shape):
+    """Numbers that a hair's breadth moves to the next in FP8 leave less than 1%."""
+    products = find_products(torch.device("cuda"), backward=True)
+    if products is None:
+        pytest.skip("no FP8 products here")
+    x, grad = inputs(shape, dtype)
+    grad = (grad.float() * 1e9).to(dtype)
+    layer = made(scales=scales, bias=True, dtype=dtype)
+    expected = run(layer, x, grad)
+    layer.to("cuda").products = products
+    for ours, theirs in zip(run(layer, x.cuda(), grad.cuda()), expected, strict=True):
+        assert ours.dtype == dtype
+        error = (ours.cpu().double() - theirs.double()).norm(dim=-1) / theirs.double().norm(dim=-1)
+        assert error.max() < 0.01

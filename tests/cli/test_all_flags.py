@@ -90,7 +90,7 @@ TRAINING = [
     choices(None, "ffn_chunk_target", "none all video audio"),
     *integers(split_attn_chunk_size=0, ffn_chunk_size=0, blocks_to_swap=0),
     *switches("gradient_checkpointing gradient_checkpointing_cpu_offload use_pinned_memory_for_block_swap"),
-    *switches("fp8_base fp8_scaled fp8_w8a8 nf4_base loftq_init awq_calibration"),
+    *switches("fp8_base fp8_scaled fp8_w8a8 int8_base nf4_base loftq_init awq_calibration"),
     choices(None, "fp8_w8a8_backward", "fp8 dense"),
     *integers(nf4_block_size=32, loftq_iters=2, awq_num_batches=8),
     *numbers(awq_alpha=0.25, cuda_memory_fraction=None),

@@ -14,21 +14,21 @@ from musubi_tuner.quantization.fp8_products import Fp8Products, find_products
 
 logger = logging.getLogger(__name__)
 
-_VARIABLES = {"fp8": "LTX2_FP8_CALC_DEVICE", "nf4": "LTX2_NF4_CALC_DEVICE"}
+_VARIABLES = {"fp8": "LTX2_FP8_CALC_DEVICE", "int8": "LTX2_INT8_CALC_DEVICE", "nf4": "LTX2_NF4_CALC_DEVICE"}
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
 
 
 def quantization_settings(config: QuantizationConfig, device: torch.device) -> Quantization | None:
-    """What ``--fp8_base`` or ``--nf4_base`` asks for; ``None`` for neither.
+    """What ``--fp8_base``, ``--int8_base`` or ``--nf4_base`` asks for; ``None`` for none of them.
 
     Weights are quantised where ``--quantize_device`` or the format's environment variable says, else on ``device``.
 
     Raises:
         UserError: the variable names no device.
     """
-    if not (config.fp8_base or config.nf4_base):
+    kind = config.kind
+    if kind is None:
         return None
-    kind = "nf4" if config.nf4_base else "fp8"
     return Quantization(
         kind=kind,
         requantise=config.fp8_scaled,

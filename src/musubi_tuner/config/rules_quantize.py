@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .quantize import QuantizeModelConfig
+from .quantize import QuantizeModelConfig, QuantizeOptions
 from .rules_common import missing
 from .rules_memory import nf4_block_size
 from .unavailable import unavailable
@@ -25,6 +25,8 @@ def _files(config: QuantizeModelConfig) -> Iterable[str]:
 
 def _options(config: QuantizeModelConfig) -> Iterable[str]:
     yield from nf4_block_size(config.options.nf4_block_size)
+    if config.options.format != "nf4" and config.options.nf4_block_size != QuantizeOptions().nf4_block_size:
+        yield "--nf4_block_size needs --format nf4"
 
 
 def quantize_rules(parsed: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""An NF4 copy of a checkpoint, made tensor by tensor."""
+"""A quantised copy of a checkpoint, made tensor by tensor."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import bytes_progress
 from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo, write_streamed
-from musubi_tuner.quantization.packed import Nf4
-from musubi_tuner.quantization.stored import NF4_BLOCK_KEY, NF4_MARK, SCALE, SHAPE, read_stored
+from musubi_tuner.quantization.packed import Int8, Nf4
+from musubi_tuner.quantization.stored import INT8_MARK, NF4_BLOCK_KEY, NF4_MARK, SCALE, SHAPE, read_stored
 
 from .keys import transformer_keys
 from .quantize import is_target
 
 
-def quantize_file(source: Path, target: Path, *, block_size: int, device: torch.device | str) -> int:
-    """Write ``target``: the transformer's weights in NF4, all else as it is; the number of quantised weights.
+def quantize_file(source: Path, target: Path, *, method: Nf4 | Int8, device: torch.device | str) -> int:
+    """Write ``target``: the transformer's weights quantised, all else as it is; the number of quantised weights.
 
-    The codes are those that loading ``source`` with ``--nf4_base`` makes. The scales have the dtype of the weights,
-    which holds a largest magnitude exactly. Host memory holds one weight at a time.
+    The codes are those that loading ``source`` with ``--nf4_base`` or ``--int8_base`` makes. The scales of NF4 have the
+    dtype of the weights, which holds a largest magnitude exactly. Host memory holds one weight at a time.
 
     Raises:
         UserError: ``source`` has no transformer, is quantised already, or has no weight of a fitting width.
@@ -32,31 +32,34 @@ def quantize_file(source: Path, target: Path, *, block_size: int, device: torch.
     stored = read_stored(names, file.metadata, str(source))
     if stored.kind != "dense":
         raise UserError(f"{source} is quantised already ({stored.kind.upper()}); give the bf16 file")
-    method = Nf4(block_size)
     keys = transformer_keys(file.tensors).items()
     chosen = {key for name, key in keys if is_target(name) and method.fits(file.tensors[key].shape)}
     if not chosen:
-        raise UserError(f"{source}: no weight has rows of whole blocks of {block_size}; lower --nf4_block_size")
+        raise UserError(f"{source}: no weight has rows of whole blocks of {method.block_size}; lower --nf4_block_size")
 
     infos: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for key, info in file.tensors.items():
-        infos |= _quantised_infos(key, info, block_size) if key in chosen else {key: (info.dtype, info.shape)}
-    metadata = {**file.metadata, **NF4_MARK, NF4_BLOCK_KEY: str(block_size)}
-    write_streamed(target, infos, _tensors(file, chosen, method, device), metadata)
+        infos |= _quantised_infos(key, info, method) if key in chosen else {key: (info.dtype, info.shape)}
+    mark = {**NF4_MARK, NF4_BLOCK_KEY: str(method.block_size)} if isinstance(method, Nf4) else INT8_MARK
+    write_streamed(target, infos, _tensors(file, chosen, method, device), {**file.metadata, **mark})
     return len(chosen)
 
 
-def _quantised_infos(key: str, info: TensorInfo, block_size: int) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _quantised_infos(
+    key: str, info: TensorInfo, method: Nf4 | Int8
+) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
     layer, (n, k) = key.removesuffix(".weight"), info.shape
+    if isinstance(method, Int8):
+        return {key: (torch.int8, (n, k)), layer + SCALE: (torch.float32, (n, method.num_blocks(k), 1))}
     return {
         key: (torch.uint8, (n, k // 2)),
-        layer + SCALE: (info.dtype, (n, k // block_size, 1)),
+        layer + SCALE: (info.dtype, (n, k // method.block_size, 1)),
         layer + SHAPE: (torch.int64, (2,)),
     }
 
 
 def _tensors(
-    file: SafetensorsFile, chosen: set[str], method: Nf4, device: torch.device | str
+    file: SafetensorsFile, chosen: set[str], method: Nf4 | Int8, device: torch.device | str
 ) -> Iterator[tuple[str, Tensor]]:
     sizes = {key: info.nbytes for key, info in file.tensors.items()}
     for key, tensor in bytes_progress(file.read(), sizes, desc="quantising"):
@@ -66,5 +69,8 @@ def _tensors(
         packed = method.quantize(tensor.to(device))
         layer = key.removesuffix(".weight")
         yield key, packed.weight
+        if isinstance(method, Int8):
+            yield layer + SCALE, packed.scale.unsqueeze(-1)
+            continue
         yield layer + SCALE, packed.scale.to(tensor.dtype).unsqueeze(-1)
         yield layer + SHAPE, torch.tensor(tensor.shape)

@@ -126,4 +126,19 @@ def test_reading_keeps_no_more_resident_than_is_kept(tmp_path):
             kept.append(tensor)
         del tensor
     assert kept[0].numel() == size
-    assert peak - before < 5 * size  # kept, being read, and slack; a map would hold all 16
+    # Kept, being read, and what the allocator has not given back; a map would hold all 16.
+    assert peak - before < 9 * size
+
+
+def test_tensors_are_read_into_memory_that_is_given(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {"x": torch.arange(6.0).view(2, 3), "y": torch.arange(4, dtype=torch.int32)}
+    save_safetensors(tensors, path)
+    given = {}
+
+    def allocate(name, info):
+        given[name] = torch.full(info.shape, 7).to(info.dtype)
+        return given[name]
+
+    read = dict(SafetensorsFile(path).read(allocate=allocate))
+    assert all(read[name] is given[name] and torch.equal(read[name], tensors[name]) for name in tensors)

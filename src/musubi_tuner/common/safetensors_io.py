@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -62,6 +62,10 @@ class TensorInfo:
     nbytes: int
 
 
+# Where to read a tensor of this name: uninitialised, contiguous, with the shape and dtype of the file.
+Allocate = Callable[[str, TensorInfo], Tensor]
+
+
 class SafetensorsFile:
     """One safetensors file, of which only the header has been read.
 
@@ -93,25 +97,30 @@ class SafetensorsFile:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        allocate: Allocate | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(name, tensor)`` for ``keys`` (default: all) in the order in which they lie in the file.
 
-        Every tensor owns its memory. ``dtype`` casts floating-point tensors; others keep theirs. Besides the
-        tensors that the caller keeps, at most ``STAGING_BYTES`` are allocated.
+        Every tensor owns its memory, unless ``allocate`` gives it some on the CPU. ``dtype`` casts floating-point
+        tensors; others keep theirs. Besides the tensors that the caller keeps, at most ``STAGING_BYTES`` are
+        allocated.
         """
         wanted = list(self.tensors if keys is None else keys)
         if missing := [key for key in wanted if key not in self.tensors]:
             raise KeyError(f"{self.path} has no tensor {', '.join(missing[:5])}")
         device = torch.device(device)
         staging: Tensor | None = None
-        large = any(self.tensors[key].nbytes >= 2 * _PIECE_BYTES for key in wanted)
+        # Memory that is given has mostly been touched before, and then threads only cost time.
+        large = allocate is None and any(self.tensors[key].nbytes >= 2 * _PIECE_BYTES for key in wanted)
         with ExitStack() as stack:
             file = stack.enter_context(self.path.open("rb", buffering=0))
             pool = stack.enter_context(ThreadPoolExecutor(_READERS)) if large else None
             for key in sorted(wanted, key=lambda name: self.tensors[name].start):
                 info = self.tensors[key]
                 target = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
-                result = torch.empty(info.shape, dtype=target, device=device)
+                result = (
+                    torch.empty(info.shape, dtype=target, device=device) if allocate is None else allocate(key, info)
+                )
                 if device.type == "cpu" and target == info.dtype:
                     self._read_into(_as_bytes(result), info.start, file, pool)
                 else:
@@ -120,9 +129,16 @@ class SafetensorsFile:
                     self._read_through(info, result, staging, file, pool)
                 yield key, result
 
-    def read_one(self, key: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+    def read_one(
+        self,
+        key: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        allocate: Allocate | None = None,
+    ) -> Tensor:
         """One tensor; see :meth:`read`."""
-        return next(self.read([key], device=device, dtype=dtype))[1]
+        return next(self.read([key], device=device, dtype=dtype, allocate=allocate))[1]
 
     def read_bytes(self, key: str, limit: int | None = None) -> bytes:
         """A tensor as it is stored, or its first ``limit`` bytes (for fingerprints)."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo, save_safetensors
+from musubi_tuner.common.safetensors_io import Allocate, SafetensorsFile, TensorInfo, save_safetensors
 
 from .buckets import Size
 
@@ -254,12 +254,12 @@ def _lacks(file: SafetensorsFile, name: str) -> UserError:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def read_latents(path: Path) -> Tensor:
-    """[C, F, H, W]"""
+def read_latents(path: Path, allocate: Allocate | None = None) -> Tensor:
+    """[C, F, H, W], in memory of ``allocate`` where that is given."""
     file = SafetensorsFile(path)
     names = _by_name(file)
     _shape(file, names, "latents", ndim=4)
-    return file.read_one(names["latents"])
+    return file.read_one(names["latents"], allocate=allocate)
 
 
 def read_virtual_grid(path: Path) -> Grid | None:
@@ -290,17 +290,21 @@ def read_mask(path: Path) -> AV[Tensor]:
 
 
 def read_text(
-    path: Path, modalities: Iterable[Modality], legacy_widths: AV[int] | None = None
+    path: Path,
+    modalities: Iterable[Modality],
+    legacy_widths: AV[int] | None = None,
+    allocate: Allocate | None = None,
 ) -> tuple[AV[Tensor], Tensor | None]:
     """Embeddings [L, D] of ``modalities`` and the mask [L] bool (``None`` if the file has none).
 
-    Only what is asked for is read. Files that hold ``text_*`` alone are split by ``legacy_widths``.
+    Only what is asked for is read, into memory of ``allocate`` where that is given. Files that hold ``text_*``
+    alone are split by ``legacy_widths``.
     """
     file = SafetensorsFile(path)
     names = _by_name(file)
     keys = {modality: names.get(f"{modality}_prompt_embeds") for modality in modalities}
     mask_key = names.get("prompt_attention_mask") or names.get("text_mask")
-    tensors = dict(file.read(key for key in (*keys.values(), mask_key) if key))
+    tensors = dict(file.read((key for key in (*keys.values(), mask_key) if key), allocate=allocate))
     embeds: dict[Modality, Tensor] = {
         modality: tensors[key] if key else _legacy_part(file, names, modality, legacy_widths)
         for modality, key in keys.items()

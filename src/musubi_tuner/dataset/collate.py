@@ -17,7 +17,9 @@ from musubi_tuner.config.model import Mode
 
 from .batch import AudioLatents, Batch, SampleKey, TextEmbeds, VideoLatents
 from .cache import Grid, read_audio, read_latents, read_mask, read_text, read_virtual_grid
+from .frame_store import BlockPool
 from .items import MODALITIES, CachedItem, TrainingSet
+from .rows import Rows, stack
 from .sampling import BatchSpec
 
 
@@ -38,13 +40,29 @@ class LoadedItem:
     masks: AV[Tensor] = field(default_factory=AV)  # [F, H, W] and [T]
 
 
-def load_item(item: CachedItem, mode: Mode, key: SampleKey, *, legacy_text_widths: AV[int] | None = None) -> LoadedItem:
+def load_item(
+    item: CachedItem,
+    mode: Mode,
+    key: SampleKey,
+    *,
+    legacy_text_widths: AV[int] | None = None,
+    rows: Rows | None = None,
+) -> LoadedItem:
     """Read what ``mode`` uses: an av text cache gives mode video its video part only.
+
+    Args:
+        item: its files.
+        mode: of the training.
+        key: names the sample.
+        legacy_text_widths: to split old text caches.
+        rows: memory of the batch for the big tensors; without it each has its own.
 
     Raises:
         UserError: a file is missing, damaged or of another mode.
     """
-    text, mask = read_text(item.text, MODALITIES[mode], legacy_text_widths)
+    allocate = None if rows is None else lambda name, info: rows.take(name, info.shape, info.dtype)
+    for_reference = None if rows is None else lambda name, info: rows.take("reference", info.shape, info.dtype)
+    text, mask = read_text(item.text, MODALITIES[mode], legacy_text_widths, allocate)
     audio, length = read_audio(item.audio) if mode != "video" and item.audio is not None else (None, 0)
     virtual_grid = read_virtual_grid(item.latents) if mode == "audio" else None
     if mode == "audio" and virtual_grid is None:
@@ -54,11 +72,11 @@ def load_item(item: CachedItem, mode: Mode, key: SampleKey, *, legacy_text_width
         fps=item.fps,
         text=text,
         mask=mask,
-        video=read_latents(item.latents) if mode != "audio" else None,
+        video=read_latents(item.latents, allocate) if mode != "audio" else None,
         audio=audio,
         audio_length=length,
         virtual_grid=virtual_grid,
-        reference=read_latents(item.reference) if item.reference is not None else None,
+        reference=read_latents(item.reference, for_reference) if item.reference is not None else None,
         reference_audio=_read_reference_audio(item.reference_audio) if item.reference_audio is not None else None,
         masks=_read_masks(item),
     )
@@ -79,15 +97,17 @@ def _read_masks(item: CachedItem) -> AV[Tensor]:
     return AV(**{modality: parts[modality] for modality, _ in item.mask_parts.items()})
 
 
-def load_batch(training_set: TrainingSet, spec: BatchSpec) -> Batch:
-    """Load and stack the items of ``spec``."""
+def load_batch(training_set: TrainingSet, spec: BatchSpec, pool: BlockPool | None = None) -> Batch:
+    """Load and stack the items of ``spec``, into memory of ``pool`` where there is one."""
     dataset = training_set.datasets[spec.dataset]
+    rows = Rows(len(spec.samples), pool or BlockPool())
     loaded = [
         load_item(
             dataset.items[position],
             training_set.mode,
             SampleKey(dataset.items[position].base, dataset.index, repeat),
             legacy_text_widths=training_set.legacy_text_widths,
+            rows=rows,
         )
         for position, repeat in spec.samples
     ]
@@ -128,7 +148,7 @@ def collate(
     audio = _stack_audio(items, audio_steps)
     return Batch(
         video=VideoLatents(
-            latents=_stack(videos),  # [B, C, F, H, W]
+            latents=stack(videos),  # [B, C, F, H, W]
             fps=torch.tensor([item.fps for item in items], dtype=torch.float32),
         )
         if videos
@@ -144,11 +164,6 @@ def collate(
         masks=AV(video=_stack_video_masks(items), audio=_stack_audio_masks(items, audio)),
         loss_weights=loss_weights or AV(),
     )
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """``torch.stack``, without a copy of a single one."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _stack_audio(items: Sequence[LoadedItem], steps: int | None) -> AudioLatents | None:
@@ -174,7 +189,7 @@ def _stack_references(items: Sequence[LoadedItem]) -> VideoLatents | None:
     if not references:
         return None
     fps = torch.tensor([item.fps for item in items], dtype=torch.float32)
-    return VideoLatents(_stack(references), fps)  # [B, C, F, H, W]
+    return VideoLatents(stack(references), fps)  # [B, C, F, H, W]
 
 
 def _stack_reference_audio(items: Sequence[LoadedItem]) -> AudioLatents | None:
@@ -210,7 +225,7 @@ def _stack_audio_masks(items: Sequence[LoadedItem], audio: AudioLatents | None) 
 
 def _stack_text(items: Sequence[LoadedItem], modality: Modality) -> Tensor | None:
     parts = [item.text[modality] for item in items]
-    return None if any(part is None for part in parts) else _stack(parts)  # type: ignore[arg-type]
+    return None if any(part is None for part in parts) else stack(parts)  # type: ignore[arg-type]
 
 
 def _stack_masks(items: Sequence[LoadedItem]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Memory for the frames of clips."""
+"""Memory that is used again: blocks, and the frames of clips in them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from .buckets import Size
 _MOST_BLOCK_FRAMES = 257  # allocated at once, however long the longest clip may be
 
 
-_MOST_KEPT_BYTES = 1 << 30  # by one pool, for use again
-
-
 class BlockPool:
-    """Blocks of frames to be used again once nothing refers to them. For several threads.
+    """Blocks to be used again once nothing refers to them. For several threads.
 
     New memory is dear, since the system clears it first: for a frame that takes a third of its conversion.
+
+    Args:
+        keep: bytes that the pool holds at most; what is taken beyond is not used again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int = 1 << 30) -> None:
+        self._keep = keep
         self._blocks: list[np.ndarray] = []
         self._lock = threading.Lock()
 
@@ -35,9 +36,9 @@ class BlockPool:
                 if unused[index] and block.shape == shape:
                     return block
             new = np.empty(shape, np.uint8)
-            if sum(block.nbytes for block in self._blocks) + new.nbytes > _MOST_KEPT_BYTES:
+            if sum(block.nbytes for block in self._blocks) + new.nbytes > self._keep:
                 self._blocks = [b for b, free in zip(self._blocks, unused, strict=True) if not free]
-            if sum(block.nbytes for block in self._blocks) + new.nbytes <= _MOST_KEPT_BYTES:
+            if sum(block.nbytes for block in self._blocks) + new.nbytes <= self._keep:
                 self._blocks.append(new)
             return new
 

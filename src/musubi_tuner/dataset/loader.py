@@ -12,9 +12,12 @@ from musubi_tuner.common.errors import UserError
 
 from .batch import Batch
 from .collate import load_batch
+from .frame_store import BlockPool
 from .items import TrainingSet
 from .parcel import Parcel, pack
 from .sampling import BatchPlan, BatchSpec
+
+_KEPT_BYTES = 1 << 28  # memory of batches that every worker keeps for the next ones
 
 
 class BatchLoader:
@@ -95,10 +98,12 @@ class _Batches(Dataset):
     def __init__(self, training_set: TrainingSet, *, packed: bool) -> None:
         self.training_set = training_set
         self._packed = packed
+        self._pool: BlockPool | None = None  # made in the process that reads
 
     def __getitem__(self, spec: BatchSpec) -> Batch | Parcel | _Failure:
+        self._pool = self._pool or BlockPool(_KEPT_BYTES)
         try:
-            batch = load_batch(self.training_set, spec)
+            batch = load_batch(self.training_set, spec, self._pool)
         except (UserError, OSError) as error:
             return _Failure(str(error))
         return pack(batch) if self._packed else batch

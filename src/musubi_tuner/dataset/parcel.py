@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from .batch import Batch
 
@@ -65,10 +66,17 @@ def pack(batch: Batch) -> Parcel:
     for tensor in pickler.tensors:
         places.append(_Place(-(-end // _ALIGNMENT) * _ALIGNMENT, tensor.dtype, tuple(tensor.shape)))
         end = places[-1].end
-    block = torch.empty(end, dtype=torch.uint8)
+    block = _new_block(end)
     for tensor, place in zip(pickler.tensors, places, strict=True):
         _view(block, place).copy_(tensor)
     return Parcel(rest.getvalue(), tuple(places), block)
+
+
+def _new_block(size: int) -> Tensor:
+    """In a worker's shared memory at once: sending any other block would copy it once more."""
+    if size <= _SMALL or get_worker_info() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))  # as in default_collate
 
 
 def _from_bytes(rest: bytes, places: tuple[_Place, ...], block: bytes) -> Parcel:

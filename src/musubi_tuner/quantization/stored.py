@@ -88,10 +88,8 @@ def read_stored(infos: Mapping[str, TensorInfo], metadata: Mapping[str, Any], so
             "after it was quantised. Use the original"
         )
     if made_here and (lost := [name for name, scale in scales.items() if scale is None]):
-        name = made_here.upper()
-        raise UserError(
-            f"{source}: {len(lost)} {name} weights have no scale ({_list(lost)}); make or download it again"
-        )
+        what = f"{len(lost)} {made_here.upper()} weights have no scale ({_list(lost)})"
+        raise UserError(f"{source}: {what}; make or download it again")
     return Stored(made_here or ("fp8" if quantised else "dense"), scales, companions)
 
 

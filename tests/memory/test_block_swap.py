@@ -14,7 +14,7 @@ from musubi_tuner.memory.block_swap import BlockSwap, swap_blocks, swapped_posit
 from musubi_tuner.memory.checkpointing import checkpoint_blocks, checkpointed_positions
 from musubi_tuner.models.ltx2.quantize import is_target
 from musubi_tuner.quantization.linear import QuantizedLinear, pack_linear
-from musubi_tuner.quantization.packed import Fp8, Nf4
+from musubi_tuner.quantization.packed import Fp8, Int8, Nf4
 
 LAYERS = 6
 
@@ -229,7 +229,7 @@ def quantised_to(method):
     return prepare
 
 
-@pytest.mark.parametrize("method", [Fp8(), Nf4()], ids=["fp8", "nf4"])
+@pytest.mark.parametrize("method", [Fp8(), Int8(), Nf4()], ids=["fp8", "int8", "nf4"])
 @pytest.mark.parametrize("checkpointed", [0, LAYERS])
 def test_quantised_blocks(method, checkpointed):
     prepare = quantised_to(method)

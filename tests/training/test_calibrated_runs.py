@@ -151,6 +151,11 @@ RULES = {
         "--loftq_init needs --nf4_base",
         "--awq_calibration needs --nf4_base",
     ],
+    ("--int8_base", "--loftq_init", "--awq_calibration"): [
+        "--loftq_init needs --nf4_base",
+        "--awq_calibration needs --nf4_base",
+    ],
+    (*AWQ, "--loftq_init", "--fp8_w8a8"): ["--fp8_w8a8 needs --fp8_base"],
     ("--nf4_base", "--loftq_iters", "3"): ["--loftq_iters needs --loftq_init"],
     (*LOFTQ, "--loftq_iters", "0"): ["--loftq_iters: expected at least 1, got 0"],
     (*LOFTQ, "--scale_weight_norms", "1"): ["--loftq_init and --scale_weight_norms exclude each other"],
@@ -183,6 +188,8 @@ QUANTISE_RULES = {
     ("--network_dim", "4"): "--network_dim needs --loftq_init",
     ("--loftq_iters", "3"): "--loftq_iters needs --loftq_init",
     ("--loftq_init", "--network_dim", "4", "--loftq_iters", "0"): "--loftq_iters: expected at least 1",
+    ("--format", "int8", "--loftq_init", "--network_dim", "4"): "--loftq_init needs --format nf4",
+    ("--format", "int8", "--nf4_block_size", "64"): "--nf4_block_size needs --format nf4",
     ("--loftq_init", "--network_dim", "9999"): "so no rank 9999; lower --network_dim",
 }
 

@@ -114,7 +114,7 @@ def write_loftq(source: Path, target: Path, *, rank: int, block_size: int, devic
         UserError: ``source`` cannot be quantised, or has a weight that is too small for the rank.
     """
     file = SafetensorsFile(source)
-    names = {key: name for name, key in weights_to_quantise(file, block_size).items()}
+    names = {key: name for name, key in weights_to_quantise(file, Nf4(block_size)).items()}
     infos: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for key, name in names.items():
         (n, k), prefix = file.tensors[key].shape, _prefix(name)

@@ -77,6 +77,18 @@ def test_layer_and_its_gradient_are_those_of_the_dense_weight(weight, magnitudes
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-3)
 
 
+def test_columns_of_nothing_are_no_nan_in_float16(weight, magnitudes):
+    weight[:, 5] = 0  # its scale is the least one, by which an input of 1 becomes 1e5
+    layer = QuantizedLinear(ActivationAware(Nf4(), magnitudes, 0.5).quantize(weight))
+    x = inputs(magnitudes, 7)
+    x[:, 5] = 1
+    half = x.half().requires_grad_()
+    y = layer(half)
+    y.sum().backward()
+    assert half.grad.isfinite().all()
+    assert (y - layer(x)).norm() < 0.01 * layer(x).norm()
+
+
 def test_products_in_fp8_get_the_divided_inputs(weight, magnitudes):
     scaled = ActivationAware(Fp8(block_size=None), magnitudes, 0.5).quantize(weight)
     layer, plain = QuantizedLinear(scaled), QuantizedLinear(Packed(scaled.weight, scaled.scale))

@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
         if self.input_scale is not None:
-            x = x / self.input_scale.to(x.dtype)
+            x = _divided(x, self.input_scale)
         if self.products is not None:
             return fp8_linear(x, self.weight, self.weight_scale, self.bias, self.products)
         return _Product.apply(x, self.weight, self.weight_scale, self.bias)
@@ -107,6 +107,16 @@ def use_products(model: nn.Module, products: Fp8Products) -> tuple[int, int]:
     for layer in fitting:
         layer.products = products
     return len(fitting), len(layers)
+
+
+def _divided(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale. In float16 at most its largest number: small scales belong to columns of nearly nothing, but infinity
+    times nothing is not a number."""
+    x = x / scale.to(x.dtype)
+    if x.dtype != torch.float16:
+        return x
+    largest = torch.finfo(x.dtype).max
+    return x.clamp(-largest, largest)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

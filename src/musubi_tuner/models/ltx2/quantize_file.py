@@ -43,7 +43,10 @@ def weights_to_quantise(file: SafetensorsFile, method: Nf4 | Int8) -> dict[str, 
     Raises:
         UserError: see :func:`quantize_file`.
     """
-    keys = transformer_keys(file.tensors)
+    try:
+        keys = transformer_keys(file.tensors)
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from None
     stored = read_stored({name: file.tensors[key] for name, key in keys.items()}, file.metadata, str(file.path))
     if stored.kind != "dense":
         raise UserError(f"{file.path} is quantised already ({stored.kind.upper()}); give the bf16 file")

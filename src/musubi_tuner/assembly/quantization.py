@@ -76,10 +76,10 @@ def _products(config: QuantizationConfig, device: torch.device) -> Fp8Products |
 def loftq_request(
     calibration: CalibrationConfig, rank: int | None, checkpoint: Checkpoint, *, iterations_given: bool
 ) -> LoftQRequest | None:
-    """What ``--loftq_init`` asks for, known from headers alone; ``None`` without it.
+    """What ``--loftq_init`` asks for, known from headers and little more; ``None`` without it.
 
     Raises:
-        UserError: the checkpoint is quantised already, and no factors of this rank are beside it.
+        UserError: the checkpoint is quantised already, and no factors of this rank, made with it, are beside it.
     """
     if not calibration.loftq_init or rank is None:
         return None
@@ -88,6 +88,7 @@ def loftq_request(
     if iterations_given and calibration.loftq_iters > 1:
         logger.warning("--loftq_iters %d has no effect on a base that is quantised already", calibration.loftq_iters)
     file = StoredLoftQ(checkpoint.path, rank, checkpoint.metadata.get(NF4_BLOCK_KEY))
+    file.check_base(checkpoint.path)
     return LoftQRequest(1, file)
 
 

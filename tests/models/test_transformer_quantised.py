@@ -359,6 +359,18 @@ def test_int8_file_is_bit_identical_to_quantising_while_loading(write, tmp_path,
         quantize_file(target, tmp_path / "twice.safetensors", method=Nf4(), device="cpu")
 
 
+@pytest.mark.parametrize("method", [Nf4(), Int8()], ids=["nf4", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_files_of_broken_weights_are_not_written(write, tmp_path, method, value):
+    def edit(state):
+        state[f"{BLOCK_0}attn1.to_q.weight"][1, 1] = value
+
+    checkpoint = write(edit)
+    with pytest.raises(UserError, match=r"0\.attn1\.to_q\.weight holds NaN or infinity"):
+        quantize_file(checkpoint.path, tmp_path / "x.safetensors", method=method, device="cpu")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_rows_that_do_not_fit_stay_dense(write, caplog):
     with caplog.at_level(logging.WARNING):
         layers = packed_layers(load(write(), Quantization("nf4", block_size=128)))

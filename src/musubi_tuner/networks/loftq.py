@@ -83,10 +83,8 @@ class StoredLoftQ:
         expected = self._file.metadata.get(BASE_KEY)
         if expected is None:
             return
-        file = SafetensorsFile(checkpoint)
-        keys = {
-            name: key for name, key in transformer_keys(file.tensors).items() if _prefix(name) + DOWN in self._names
-        }
+        file, own = SafetensorsFile(checkpoint), self._file.tensors
+        keys = {name: key for name, key in transformer_keys(file.tensors).items() if _prefix(name) + DOWN in own}
         rows = (file.read_bytes(keys[name], file.tensors[keys[name]].shape[1]) for name in sorted(keys))
         if _hash(rows) != expected:
             raise UserError(

@@ -25,7 +25,7 @@ def quantize_file(source: Path, target: Path, *, method: Nf4 | Int8, device: tor
     dtype of the weights, which holds a largest magnitude exactly. Host memory holds one weight at a time.
 
     Raises:
-        UserError: ``source`` has no transformer, is quantised already, or has no weight of a fitting width.
+        UserError: ``source`` has no transformer, is quantised already, has no weight of a fitting width, or one that is not finite.
     """
     file = SafetensorsFile(source)
     chosen = set(weights_to_quantise(file, method).values())
@@ -79,6 +79,10 @@ def _tensors(
             yield key, tensor
             continue
         packed = method.quantize(tensor.to(device))
+        if not packed.scale.isfinite().all():
+            raise UserError(
+                f"{file.path}: {key} holds NaN or infinity, so the checkpoint is broken; make or download it again"
+            )
         layer = key.removesuffix(".weight")
         yield key, packed.weight
         if isinstance(method, Int8):

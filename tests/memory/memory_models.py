@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from ltx2_tiny import tiny_config, tiny_inputs, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from musubi_tuner.common.av import AV
+from musubi_tuner.models.ltx2.quantize import is_target
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork, create_network
+from musubi_tuner.quantization.linear import pack_linear
+from musubi_tuner.quantization.packed import Method
 
 CPU = torch.device("cpu")
 
@@ -64,6 +67,17 @@ def subject(
     if mode != "av":
         inputs = AV(**{mode: inputs[mode]})
     return Subject(model, adapter, inputs)
+
+
+def quantised_to(method: Method) -> Callable[[LTX2Transformer], None]:
+    """For ``prepare``: what quantising while loading makes of a model."""
+
+    def prepare(model: LTX2Transformer) -> None:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, nn.Linear) and is_target(f"{name}.weight") and method.fits(layer.weight.shape):
+                pack_linear(model, name, method.quantize(layer.weight))
+
+    return prepare
 
 
 def assert_same(ours: list[Tensor], expected: list[Tensor]) -> None:

@@ -6,14 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from memory_models import CPU, EagerTransfer, LateTransfer, assert_same, subject
+from memory_models import CPU, EagerTransfer, LateTransfer, assert_same, quantised_to, subject
 from torch import nn
 
 from musubi_tuner.memory.block_layout import FrozenTensors
 from musubi_tuner.memory.block_swap import BlockSwap, swap_blocks, swapped_positions
 from musubi_tuner.memory.checkpointing import checkpoint_blocks, checkpointed_positions
-from musubi_tuner.models.ltx2.quantize import is_target
-from musubi_tuner.quantization.linear import QuantizedLinear, pack_linear
+from musubi_tuner.quantization.linear import QuantizedLinear
 from musubi_tuner.quantization.packed import Fp8, Int8, Nf4
 
 LAYERS = 6
@@ -218,15 +217,6 @@ def test_tensors_of_any_dtype_and_layout(checkpointed):
     expected = subject(LAYERS, prepare=pack_linears, include_patterns="['.*to_k']").step()
     model, _ = swapped(4, checkpointed=checkpointed, prepare=pack_linears, include_patterns="['.*to_k']")
     assert_same(model.step(), expected)
-
-
-def quantised_to(method):
-    def prepare(model) -> None:
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, nn.Linear) and is_target(f"{name}.weight") and method.fits(layer.weight.shape):
-                pack_linear(model, name, method.quantize(layer.weight))
-
-    return prepare
 
 
 @pytest.mark.parametrize("method", [Fp8(), Int8(), Nf4()], ids=["fp8", "int8", "nf4"])

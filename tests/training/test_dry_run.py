@@ -7,19 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from cache_files import one_dataset, write_item
-from ltx2_tiny import tiny_config, tiny_inputs, tiny_model
 
-from musubi_tuner.common.av import AV
 from musubi_tuner.dataset.sampling import BatchPlan
 from musubi_tuner.ltx2_train_network import main as train
-from musubi_tuner.networks.lora_ltx2 import create_network
 from musubi_tuner.training import dry_run
-from musubi_tuner.training.dry_run import is_out_of_memory, largest_of_buckets
+from musubi_tuner.training.dry_run import largest_of_buckets
 from musubi_tuner.training.outlook import (
     BatchSize,
     Trained,
     batch_size,
-    estimate_memory,
     modality_warnings,
     tokens_per_step,
     trained_by_stream,
@@ -63,12 +59,6 @@ def test_out_of_memory_is_told_with_what_helps(cached_demo, tmp_path: Path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_only_a_lack_of_memory_counts_as_one():
-    assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
-    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-
-
 @pytest.fixture
 def mixed(tmp_path: Path) -> BatchPlan:
     """Three small clips, one of them with sound, and two large ones; batches of two."""
@@ -96,56 +86,6 @@ def test_tokens_of_a_step_are_those_of_its_batches():
     sizes = [BatchSize(1, 0), BatchSize(2, 3), BatchSize(10, 0)]
     assert tokens_per_step(sizes, 2) == [6, 10]
     assert tokens_per_step(sizes, 1) == [1, 5, 10]
-
-
-def trained_network(mode: str, preset: str):
-    config = tiny_config(
-        "2.3",
-        **{"num_attention_heads": 4, "attention_head_dim": 64, "cross_attention_dim": 256},
-        **{"audio_num_attention_heads": 4, "audio_attention_head_dim": 32, "audio_cross_attention_dim": 128},
-    )
-    transformer = tiny_model(config, mode)
-    transformer.requires_grad_(False)
-    network = create_network(1.0, 4, 4, transformer, lora_target_preset=preset)
-    network.apply_to(transformer)
-    return transformer, network
-
-
-def test_weights_gradients_and_state_are_estimated_as_they_are():
-    transformer, network = trained_network("av", "full")
-    optimizer = torch.optim.AdamW(network.parameters())
-    estimate = estimate_memory(
-        transformer, network, optimizer, BatchSize(8, 4), dtype=torch.float32, checkpointing=False
-    )
-    inputs = tiny_inputs(transformer.config)
-    sum(x.square().mean() for _, x in transformer(inputs).items()).backward()
-    optimizer.step()
-    assert estimate.base == sum(p.numel() * 4 for p in (*transformer.parameters(), *transformer.buffers()))
-    assert estimate.gradients == sum(p.grad.numel() * 4 for p in network.parameters())
-    moments = [t for state in optimizer.state.values() for t in state.values() if t.numel() > 1]
-    assert estimate.optimizer == sum(t.numel() * 4 for t in moments)
-
-
-@pytest.mark.parametrize("mode", ["video", "av"])
-def test_activations_are_estimated_roughly(mode: str):
-    """Against what autograd keeps for a long clip, in which text and modulation weigh little."""
-    transformer, network = trained_network(mode, "full")
-    own = {t.untyped_storage().data_ptr() for m in (transformer, network) for t in (*m.parameters(), *m.buffers())}
-    kept: dict[int, tuple[int, torch.Tensor]] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that its place is not used again
-        return tensor
-
-    inputs = tiny_inputs(transformer.config, video_tokens=1024, audio_tokens=64, batch=1)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        transformer(inputs if mode == "av" else AV(video=inputs.video))
-    optimizer = torch.optim.AdamW(network.parameters())
-    size = BatchSize(1024, 64 if mode == "av" else 0)
-    estimate = estimate_memory(transformer, network, optimizer, size, dtype=torch.float32, checkpointing=False)
-    assert estimate.activations == pytest.approx(sum(nbytes for nbytes, _ in kept.values()), rel=0.25)
 
 
 def test_trained_modules_are_counted_by_stream():

@@ -15,13 +15,14 @@ from musubi_tuner.training.summary import RunSummary, duration, written_files
 
 def test_the_summary_counts_the_steps_of_this_run():
     progress = Progress(seed=0, global_step=30, skipped_steps=2, epoch_losses=[1.0, 2.0])
-    summary = RunSummary(10, progress, 50.0, {"val_loss": 0.25}, (Path("a"), Path("b")))
+    summary = RunSummary(10, progress, 50.0, {"val_loss": 0.25}, (Path("a"), Path("b")), "2.0 GiB")
     assert summary.rows() == [
         ["steps", "30 (20 since step 10)"],
         ["time", "0:00:50"],
         ["seconds a step", "2.50"],
         ["average loss", "1.5000"],
         ["val loss", "0.2500"],
+        ["peak memory", "2.0 GiB"],
         ["dropped steps", 2],
         ["file", "a"],
         ["", "b"],
@@ -29,9 +30,10 @@ def test_the_summary_counts_the_steps_of_this_run():
 
 
 def test_a_run_with_nothing_left_to_do_has_a_summary():
-    assert RunSummary(5, Progress(seed=0, global_step=5), 1.0, {}, ()).rows() == [
+    assert RunSummary(5, Progress(seed=0, global_step=5), 1.0, {}, (), "1.0 GiB").rows() == [
         ["steps", "5 (0 since step 5)"],
         ["time", "0:00:01"],
+        ["peak memory", "1.0 GiB"],
         ["dropped steps", 0],
     ]
 

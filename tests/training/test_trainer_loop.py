@@ -24,6 +24,7 @@ from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
 from musubi_tuner.training import tally as tally_module
 from musubi_tuner.training import trainer as trainer_module
 from musubi_tuner.training.audio_watch import AudioWatch
+from musubi_tuner.training.fused_backward import FusedBackward
 from musubi_tuner.training.lr_plan import FactorPlan
 from musubi_tuner.training.lr_schedulers import ScheduleSettings
 from musubi_tuner.training.setup import Compute, make_scaler
@@ -106,6 +107,7 @@ def run(
     watch=None,
     actions=(),
     norm_groups=None,
+    fused=False,
 ):
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(1))
@@ -126,6 +128,7 @@ def run(
         watch or AudioWatch(),
         actions,
         norm_groups(model) if norm_groups else {},
+        FusedBackward(optimizer) if fused else None,
     ).run()
     return model.weight.item(), recorder
 
@@ -180,11 +183,11 @@ def test_a_process_without_a_batch_takes_part_in_the_step(monkeypatch: pytest.Mo
     assert weight == pytest.approx(1 - 2 * 0.1 * 0.5)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_a_non_finite_loss_drops_one_step_only(scaled: bool):
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
-    progress = Progress(seed=0)
-    weight, recorder = run([View(float("nan")), View(1.0)], steps=2, progress=progress, scaler=scaler)
+@pytest.mark.parametrize("way", ["plain", "scaled", "fused"])
+def test_a_non_finite_loss_drops_one_step_only(way: str):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if way == "scaled" else None
+    progress, views = Progress(seed=0), [View(float("nan")), View(1.0)]
+    weight, recorder = run(views, steps=2, progress=progress, scaler=scaler, fused=way == "fused")
     assert [r.stepped for r in recorder.reports] == [False, True]
     assert weight == pytest.approx(0.9)
     assert progress.skipped_steps == 1
@@ -205,9 +208,18 @@ def test_the_cache_that_makes_steps_non_finite_is_named_once(tmp_path: Path, cap
     ]
 
 
-def test_twenty_non_finite_losses_in_a_row_end_the_run():
+@pytest.mark.parametrize("fused", [False, True])
+def test_twenty_non_finite_losses_in_a_row_end_the_run(fused: bool):
     with pytest.raises(UserError, match="20 steps in a row"):
-        run([View(float("inf"))] * 30, steps=30)
+        run([View(float("inf"))] * 30, steps=30, fused=fused)
+
+
+def test_a_step_within_the_backward_pass_reports_as_one_after_it():
+    views = [View(None, audio=5.0), View(3.0, audio=1.0)]
+    (weight, recorder), (expected, plain) = (run(views, steps=2, fused=fused) for fused in (True, False))
+    assert weight == expected == pytest.approx(0.7)
+    assert [(r.stepped, r.grad_norm) for r in recorder.reports] == [(False, 0.0), (True, pytest.approx(3.0))]
+    assert [r.losses for r in recorder.reports] == [r.losses for r in plain.reports]
 
 
 def test_a_state_from_the_middle_of_a_longer_epoch_does_not_hang(caplog: pytest.LogCaptureFixture):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,6 +37,32 @@ def host_memory() -> int:
 
         return psutil.virtual_memory().total
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_host_memory() -> int:
+    """Bytes that this process can still take: what the system has, or less where a container has a limit."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    room = _room_in_container(Path("/sys/fs/cgroup"))
+    return free if room is None else min(free, room)
+
+
+def _room_in_container(folder: Path) -> int | None:
+    """Bytes below the limit of the control group (version 2); ``None`` where there is none."""
+    try:
+        limit, used = int((folder / "memory.max").read_text()), int((folder / "memory.current").read_text())
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or the limit is "max"
+        return None
+    return max(limit - used + int(counts.get("inactive_file", 0)), 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was what lacked, on the GPU or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:

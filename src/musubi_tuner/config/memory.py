@@ -86,6 +86,7 @@ class MemoryConfig(BlockMemoryConfig):
     gradient_checkpointing_cpu_offload: bool = flag(
         False, "--gradient_checkpointing that keeps the inputs of blocks in host memory"
     )
+    ignore_memory_estimate: bool = flag(False, "start although the estimate says that memory will not suffice")
     blocks_to_checkpoint: int = flag(-1, "blocks that --gradient_checkpointing recomputes, the first ones; -1 = all")
 
     @property

@@ -36,6 +36,9 @@ class OptimizerConfig:
     audio_lr: float | None = flag(None, "learning rate of modules whose name contains audio_")
     lr_args: tuple[str, ...] = flag((), "learning rates by module, regex=lr")
     max_grad_norm: float = flag(1.0, "gradient norm clipping; 0 = off")
+    fused_backward_pass: bool = flag(
+        False, "step each weight within the backward pass and free its gradient; --max_grad_norm then limits each alone"
+    )
     lr_scheduler: str = flag(
         "constant",
         "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, "

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .rules_common import dtypes, folder, missing, samples
-from .rules_memory import blocks, quantization
+from .rules_memory import blocks, compilation, quantization
 from .sampling import GenerateVideoConfig
 
 
@@ -56,6 +56,7 @@ def _combinations(config: GenerateVideoConfig) -> Iterable[str]:
     yield from samples(config.decode, mode)
     yield from blocks(config.memory)
     yield from quantization(config.quantization)
+    yield from compilation(config.compilation)
     if not 0 <= config.guidance.guidance_rescale <= 1:
         yield f"--guidance_rescale: expected 0 to 1, got {config.guidance.guidance_rescale}"
 

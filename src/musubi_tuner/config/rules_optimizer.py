@@ -33,6 +33,8 @@ def optimizer_combinations(config: TrainNetworkConfig) -> Iterable[str]:
     optimizer, precision = config.optimizer, config.precision
     if optimizer.lr_scheduler == "adafactor" and not optimizer.lr_scheduler_type and optimizer.lr_warmup_steps:
         yield "--lr_scheduler adafactor takes no --lr_warmup_steps; use --optimizer_args warmup_init=True"
+    if optimizer.fused_backward_pass:
+        yield from fused_backward(optimizer.gradient_accumulation_steps, precision.mixed_precision)
     if config.network.ema_update_every != 1 and config.network.ema_decay is None:
         yield "--ema_update_every needs --ema_decay"
     if precision.full_fp16 and precision.full_bf16:
@@ -40,3 +42,22 @@ def optimizer_combinations(config: TrainNetworkConfig) -> Iterable[str]:
     for name, asked in (("fp16", precision.full_fp16), ("bf16", precision.full_bf16)):
         if asked and precision.mixed_precision not in (None, name):
             yield f"--full_{name} needs --mixed_precision {name}, got {precision.mixed_precision}"
+
+
+def fused_backward(accumulation: int, mixed_precision: str | None, processes: int = 1) -> Iterable[str]:
+    """What needs all gradients at once, and so does not go with ``--fused_backward_pass``."""
+    if accumulation > 1:
+        yield (
+            f"--fused_backward_pass steps in each backward pass and cannot add up {accumulation} of them; leave it "
+            "out, or use a larger batch_size instead of --gradient_accumulation_steps"
+        )
+    if mixed_precision == "fp16":
+        yield (
+            "--fused_backward_pass does not go with --mixed_precision fp16, which drops a step when any gradient "
+            "overflows; use --mixed_precision bf16"
+        )
+    if processes > 1:
+        yield (
+            f"--fused_backward_pass steps before {processes} processes can average their gradients; leave it out, or "
+            "train in one process"
+        )

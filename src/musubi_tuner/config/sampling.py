@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from .flag import flag
-from .memory import BlockMemoryConfig, QuantizationConfig
+from .memory import BlockMemoryConfig, CompileConfig, QuantizationConfig
 from .model import CheckpointConfig, GemmaConfig
 
 
@@ -139,3 +139,4 @@ class GenerateVideoConfig:
     conditioning: SampleConditioningConfig = SampleConditioningConfig()
     decode: SampleDecodeConfig = SampleDecodeConfig()
     quantization: QuantizationConfig = QuantizationConfig()
+    compilation: CompileConfig = CompileConfig()

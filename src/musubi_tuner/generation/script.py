@@ -17,6 +17,7 @@ from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.config.sampling import GenerateVideoConfig
 from musubi_tuner.dataset.fingerprint import RepairCommands
+from musubi_tuner.memory.compilation import check_backend as check_compiler
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.quantize import check_quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
@@ -54,6 +55,8 @@ def generate(config: GenerateVideoConfig) -> int:
         write_media=options.output_type != "latent",
         write_latents=options.output_type != "video",
     )
+    if config.compilation.settings is not None:
+        check_compiler(config.compilation.settings)
     prompts = read_prompts(config)
     checkpoint = Checkpoint.open(config.checkpoint.ltx2_checkpoint)
     checkpoint.require("transformer", "generating")
@@ -86,8 +89,10 @@ def generate(config: GenerateVideoConfig) -> int:
         dtype=dtype,
         device=device,
         quantization=quantization,
+        compilation=config.compilation.settings,
         memory=config.memory.settings,
     )
+    # Blocks are compiled when they first compute, and so with the layers that LoRAs put in place here.
     apply_loras(transformer, loras, config.lora.lora_multiplier, device)
     results = render_prompts(
         transformer,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .transfer import Transfer
 
-_MIN_BYTES = 1 << 20
-_AHEAD = 2  # both streams of a block
+MIN_BYTES = 1 << 20
+AHEAD = 2  # both streams of a block
 
 
 class _HostBuffers:
@@ -60,7 +60,7 @@ class _Offloaded:
         return tensor
 
     def _fetch_previous(self) -> None:
-        reference, left = self.previous, _AHEAD
+        reference, left = self.previous, AHEAD
         while reference is not None and left and (handle := reference()) is not None:
             if not handle.is_back:
                 handle.fetch()
@@ -79,7 +79,7 @@ class ActivationOffload:
         min_bytes: smaller ones stay.
     """
 
-    def __init__(self, device: torch.device, transfer: Transfer, *, min_bytes: int = _MIN_BYTES) -> None:
+    def __init__(self, device: torch.device, transfer: Transfer, *, min_bytes: int = MIN_BYTES) -> None:
         self._type = device.type
         self._transfer = transfer
         self._min_bytes = min_bytes

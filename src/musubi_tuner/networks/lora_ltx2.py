@@ -300,6 +300,20 @@ def create_network(
     return network
 
 
+def planned_ranks(
+    names: Collection[str], network_dim: int | None, network_args: Mapping[str, object]
+) -> dict[str, int]:
+    """Rank of every layer that :func:`create_network` would adapt, by its path; ``names`` are those of all layers.
+
+    Raises:
+        UserError: a bad argument.
+    """
+    args = parse_network_args(network_args)
+    targets = select_targets(names, args.lora_target_preset, args.include_patterns, args.exclude_patterns, quiet=True)
+    rank_of = _chooser(args.rank_pattern, args.audio_dim, _checked_dim(network_dim), "rank_pattern")
+    return {name: rank_of(name) for name in targets}
+
+
 def create_network_from_weights(
     multiplier: float,
     file: str | os.PathLike[str] | LoraFile,

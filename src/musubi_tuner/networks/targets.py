@@ -56,6 +56,8 @@ def select_targets(
     preset: str | None = None,
     include_patterns: Sequence[str] | None = None,
     exclude_patterns: Sequence[str] | None = None,
+    *,
+    quiet: bool = False,
 ) -> list[str]:
     """Dotted paths of the Linear layers to adapt, in model order.
 
@@ -64,6 +66,7 @@ def select_targets(
         preset: a name of :data:`PRESETS`; ``None`` takes ``t2v``.
         include_patterns: regexes that replace the preset's (with a warning when a preset was named too).
         exclude_patterns: regexes of paths to leave out; they win over everything.
+        quiet: say nothing of patterns that match no layer; for whoever asks before the network is made.
 
     Raises:
         UserError: unknown preset or invalid regex.
@@ -71,12 +74,12 @@ def select_targets(
     candidates = linear_names(model) if isinstance(model, nn.Module) else [n for n in model if _IN_BLOCK.fullmatch(n)]
     include = compile_patterns(PRESETS[preset or DEFAULT_PRESET], "preset")
     if include_patterns:
-        if preset is not None:
+        if preset is not None and not quiet:
             logger.warning("include_patterns replace the target preset %r", preset)
         include = compile_patterns(include_patterns, "include_patterns")
-        _warn_unmatched(include, candidates, "include_patterns")
+        _warn_unmatched(() if quiet else include, candidates, "include_patterns")
     exclude = compile_patterns(exclude_patterns or (), "exclude_patterns")
-    _warn_unmatched(exclude, candidates, "exclude_patterns")
+    _warn_unmatched(() if quiet else exclude, candidates, "exclude_patterns")
     return [n for n in candidates if (not include or _matches(include, n)) and not _matches(exclude, n)]
 
 

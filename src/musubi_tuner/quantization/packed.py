@@ -81,10 +81,13 @@ class Fp8:
     def fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) == 2
 
+    def blocks_of(self, k: int) -> int:
+        """Scales of a row of ``k`` values."""
+        return 1 if self.block_size is None or k % self.block_size else k // self.block_size
+
     def quantize(self, weight: Tensor) -> Packed:
         n, k = weight.shape
-        blocks = 1 if self.block_size is None or k % self.block_size else k // self.block_size
-        return Packed(*quantize_fp8(weight, (n, blocks)))
+        return Packed(*quantize_fp8(weight, (n, self.blocks_of(k))))
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,20 @@ class Int8:
     def fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) == 2
 
-    def num_blocks(self, k: int) -> int:
-        """Scales of a row of K values."""
+    def blocks_of(self, k: int) -> int:
+        """Scales of a row of ``k`` values."""
         return 1 if k % self.block_size else k // self.block_size
 
     def quantize(self, weight: Tensor) -> Packed:
-        return Packed(*quantize_int8(weight, self.num_blocks(weight.shape[1])))
+        return Packed(*quantize_int8(weight, self.blocks_of(weight.shape[1])))
+
+
+def packed_bytes(method: Nf4 | Fp8 | Int8, shape: tuple[int, int]) -> int:
+    """Bytes of a weight [N, K] that ``method`` has quantised, scales included."""
+    n, k = shape
+    if isinstance(method, Nf4):
+        return n * k // 2 + 4 * n * (k // method.block_size)
+    return n * k + 4 * n * method.blocks_of(k)
 
 
 def is_nf4(weight: Tensor) -> bool:

@@ -6,12 +6,13 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from musubi_tuner.common.devices import peak_memory
+from musubi_tuner.common.devices import is_out_of_memory, peak_memory
 from musubi_tuner.common.tables import format_bytes, format_table
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.buckets import pixel_frames, pixel_size
@@ -20,6 +21,7 @@ from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec, bucket_key
 from musubi_tuner.diffusion.losses import total
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 
+from .memory_outlook import MemoryOutlook
 from .outlook import batch_size
 from .step import TaskSettings, prepare_view, view_losses
 
@@ -41,22 +43,40 @@ def run_dry_run(
     parameters: Sequence[torch.nn.Parameter],
     plan: BatchPlan,
     task: TaskSettings,
+    memory: MemoryOutlook,
 ) -> int:
     """Try the largest batch of each bucket, the largest of all first; 1 when one did not fit into memory."""
     specs = largest_of_buckets(plan, silence=task.silence_weight is not None)
     trials = []
-    for number, spec in enumerate(specs, start=1):
-        logger.info("dry run: batch %d of %d, %s", number, len(specs), describe(plan, spec))
-        trials.append(try_batch(transformer, parameters, plan, spec, task))
+    with _freed_at_once(parameters) if config.optimizer.fused_backward_pass else nullcontext():
+        for number, spec in enumerate(specs, start=1):
+            logger.info("dry run: batch %d of %d, %s", number, len(specs), describe(plan, spec))
+            trials.append(try_batch(transformer, parameters, plan, spec, task))
     rows = [_row(plan, spec, trial, task) for spec, trial in zip(specs, trials, strict=True)]
     headers = ["batch", "tokens", "seconds", "peak memory", "loss"]
     logger.info(format_table(headers, rows, title="Dry run: forward and backward of the largest batch of each bucket"))
     _warn_of_losses(plan, specs, trials)
     if any(trial.loss is None for trial in trials):
         logger.error("out of memory; what helps: %s", "; ".join(advice(config, plan)))
+        logger.error("by the estimate, %s", memory.after_a_failure())
         return 1
     logger.info("dry run passed: nothing was trained or written")
     return 0
+
+
+@contextmanager
+def _freed_at_once(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Gradients go as they come, as where each weight is stepped within the backward pass."""
+
+    def free(parameter: torch.nn.Parameter) -> None:
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(free) for p in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def largest_of_buckets(plan: BatchPlan, *, silence: bool = False) -> list[BatchSpec]:
@@ -104,13 +124,6 @@ def _forward_and_backward(transformer: LTX2Transformer, plan: BatchPlan, spec: B
     if loss.requires_grad:  # else nothing that is trained takes part in it
         loss.backward()
     return float(loss.detach())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was what lacked, on the GPU or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def advice(config: TrainNetworkConfig, plan: BatchPlan) -> list[str]:

@@ -26,17 +26,31 @@ def clip_gradients(
         The norms before, ``grad_norm`` of all and ``grad_norm/<name>`` of each group that has a gradient.
     """
     trained = [p for p in parameters if p.grad is not None]
-    if not trained:
+    norms = torch._foreach_norm([p.grad for p in trained]) if trained else []
+    found = norm_report(dict(zip(trained, norms, strict=True)), groups)
+    if trained and max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, found[NORM])
+    return found
+
+
+def norm_report(norms: Mapping[Parameter, Tensor], groups: Mapping[str, Sequence[Parameter]]) -> dict[str, Tensor]:
+    """``grad_norm`` of all and ``grad_norm/<name>`` of each group that has a gradient, from the norms of each."""
+    if not norms:
         return {NORM: torch.zeros(())}
-    norms = dict(zip(trained, torch._foreach_norm([p.grad for p in trained]), strict=True))
     found = {NORM: _norm_of([*norms.values()])}
     for name, members in groups.items():
         own = [norms[p] for p in members if p in norms]
         if own:
             found[f"{NORM}/{name}"] = _norm_of(own)
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, found[NORM])
     return found
+
+
+@torch.no_grad()
+def clip_each(parameters: Sequence[Parameter], norms: Sequence[Tensor], max_norm: float) -> None:
+    """Scale each gradient by itself so that its norm, given, is at most ``max_norm``; 0 leaves them alone."""
+    if max_norm > 0:
+        for parameter, norm in zip(parameters, norms, strict=True):
+            torch.nn.utils.clip_grads_with_norm_(parameter, max_norm, norm)
 
 
 def _norm_of(norms: Sequence[Tensor]) -> Tensor:

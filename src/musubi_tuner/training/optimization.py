@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.config.network import NetworkConfig
 from musubi_tuner.config.optimizer import OptimizerConfig
+from musubi_tuner.config.rules_optimizer import fused_backward
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 from musubi_tuner.networks.param_groups import flag_rates, param_groups
 
+from .fused_backward import FusedBackward, check_steps_in_parts
 from .lr_plan import make_plan, schedule_settings
 from .optimizers import create_optimizer, is_schedule_free, sets_own_rates
 from .weights import MaxNorm, WeightAction, WeightAverage
@@ -71,6 +74,42 @@ def check_optimizer(settings: OptimizerConfig, network: NetworkConfig, loraplus_
             f"--optimizer_type {settings.optimizer_type} averages the weights itself; leave out --ema_decay and "
             "--scale_weight_norms"
         )
+
+
+def check_fused_backward(settings: OptimizerConfig, mixed_precision: str, processes: int, device: torch.device) -> None:
+    """Refuse ``--fused_backward_pass`` where a step needs all gradients at once; say what it does to clipping.
+
+    Raises:
+        ConfigErrors: with this precision, accumulation or number of processes.
+        UserError: this optimizer cannot.
+    """
+    if not settings.fused_backward_pass:
+        return
+    if problems := list(fused_backward(settings.gradient_accumulation_steps, mixed_precision, processes)):
+        raise ConfigErrors(problems, "invalid arguments")
+
+    def make(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        groups = [{"params": weights, "lr": settings.learning_rate, "label": "0"}]
+        optimizer = create_optimizer(settings.optimizer_type, groups, settings.optimizer_args)
+        if is_schedule_free(optimizer):
+            optimizer.train()
+        return optimizer
+
+    check_steps_in_parts(make, f"--optimizer_type {settings.optimizer_type}", device)
+    if settings.max_grad_norm > 0:
+        logger.warning(
+            "--fused_backward_pass: the common norm of all gradients is not known while weights are stepped; "
+            "--max_grad_norm %g limits the gradient of each weight by itself (0 turns it off)",
+            settings.max_grad_norm,
+        )
+
+
+def fused_backward_pass(
+    settings: OptimizerConfig, optimizer: torch.optim.Optimizer, norm_groups: Mapping[str, Sequence[torch.nn.Parameter]]
+) -> FusedBackward | None:
+    if not settings.fused_backward_pass:
+        return None
+    return FusedBackward(optimizer, max_norm=settings.max_grad_norm, groups=norm_groups)
 
 
 def warn_of_rates(config: TrainNetworkConfig, optimizer: torch.optim.Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""What lies ahead of a run, from its batches and sizes alone: tokens a step and memory."""
+"""What lies ahead of a run, from its batches and sizes alone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,9 @@ from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.items import MODALITIES, CachedItem
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
 from musubi_tuner.diffusion.tokens import AUDIO_LATENTS_PER_SECOND, VIDEO_TIME_STRIDE
-from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.targets import modality_of
 
 T = TypeVar("T")
-
-# Values that a block keeps for the backward pass, in units of tokens x width: counted on blocks of this layout with a
-# LoRA on every linear layer (attention alone: 5 fewer). With both streams the attention between them adds to each.
-_SAVED_ALONE = 25
-_SAVED_WITH_BOTH = 33
 
 
 @dataclass(frozen=True)
@@ -87,64 +81,6 @@ def _audio_steps(item: CachedItem, mode: Mode, silence: bool) -> int:
 def tokens_per_step(sizes: Sequence[BatchSize], window: int) -> list[int]:
     """Tokens of each optimizer step of an epoch, in which ``window`` batches are one step."""
     return [sum(size.total for size in sizes[i : i + window]) for i in range(0, len(sizes), window)]
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on the device. A rough guide: without text, loss, kernels' workspace and fragmentation."""
-
-    base: int
-    network: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.base + self.network + self.gradients + self.optimizer + self.activations
-
-
-def estimate_memory(
-    transformer: LTX2Transformer,
-    network: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    largest: BatchSize,
-    *,
-    dtype: torch.dtype,
-    checkpointing: bool,
-) -> MemoryEstimate:
-    """Weights, gradients and optimizer state by their number, and the activations of the largest batch.
-
-    A block keeps ``tokens x width`` times 25 values of ``dtype`` for the backward pass, 33 with both streams. With
-    checkpointing all blocks keep their input alone, and one is recomputed at a time.
-    """
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    config, blocks = transformer.config, len(transformer.transformer_blocks)
-    values = largest.video * config.width + largest.audio * config.audio_width
-    saved = _SAVED_WITH_BOTH if largest.video and largest.audio else _SAVED_ALONE
-    kept = blocks + saved if checkpointing else blocks * saved
-    return MemoryEstimate(
-        base=_num_bytes(transformer),
-        network=_num_bytes(network),
-        gradients=sum(p.numel() * p.element_size() for p in trained),
-        optimizer=round(sum(p.numel() for p in trained) * _state_bytes(optimizer)),
-        activations=kept * values * dtype.itemsize,
-    )
-
-
-def _num_bytes(module: torch.nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-
-
-def _state_bytes(optimizer: torch.optim.Optimizer) -> float:
-    """Bytes of state for each parameter: two moments in fp32 as in AdamW, where nothing else is known."""
-    name = type(optimizer).__name__.lower()
-    if "adafactor" in name:
-        return 0.1  # rows and columns
-    if "sgd" in name:
-        return 4.0 if optimizer.defaults.get("momentum") else 0.0
-    moments = 1 if "lion" in name else 2
-    return moments * (1.0 if "8bit" in name else 4.0)
 
 
 def modality_warnings(

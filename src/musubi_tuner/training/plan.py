@@ -6,7 +6,6 @@ import logging
 import math
 import secrets
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,15 +15,14 @@ from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.items import MODALITIES
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
-from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+from musubi_tuner.memory.estimate import Estimate
 
 from .lr_schedulers import ScheduleSettings
+from .memory_outlook import MemoryOutlook
 from .metadata import RunFacts
 from .outlook import (
-    MemoryEstimate,
     Trained,
     batch_size,
-    estimate_memory,
     modality_warnings,
     tokens_per_step,
     trained_by_stream,
@@ -76,14 +74,12 @@ def run_facts(
 
 def report_plan(
     config: TrainNetworkConfig,
-    network: torch.nn.Module,
-    transformer: LTX2Transformer,
     optimizer: torch.optim.Optimizer,
     names: list[str],
     loader: BatchLoader,
     facts: RunFacts,
     loop: LoopSettings,
-    compute: Compute,
+    memory: MemoryOutlook,
 ) -> None:
     """Log what will be trained, how long and in how much memory, and warn where a modality gets nothing.
 
@@ -94,19 +90,12 @@ def report_plan(
     trained = trained_by_stream(names, [p for group in optimizer.param_groups for p in group["params"]])
     specs = plan.for_epoch(0)
     sizes = [batch_size(plan, spec, silence=silence) for spec in specs]
-    memory = estimate_memory(
-        transformer,
-        network,
-        optimizer,
-        max(sizes, key=lambda size: size.total),
-        dtype=compute.dtype,
-        checkpointing=config.memory.settings.checkpointing,
-    )
+    weights = memory.request.weights
     rate = config.optimizer.learning_rate
     _log_training_plan(
         trained,
         facts={
-            "model": f"LTX-{facts.version}, {mode}, {format_bytes(memory.base)} frozen",
+            "model": f"LTX-{facts.version}, {mode}, {format_bytes(sum(weights.blocks) + weights.rest)} frozen",
             "precision": facts.mixed_precision,
             "optimizer": facts.optimizer.partition("(")[0],
             "learning rate": f"{rate:g}, {loop.lr_plan.name}, {facts.warmup_steps} warm-up steps",
@@ -118,7 +107,7 @@ def report_plan(
             "epochs": facts.num_epochs,
             "tokens a step": _spread(tokens_per_step(sizes, loop.accumulation * loop.world_size)),
             "seed": facts.seed,
-            "memory, about": _memory(memory),
+            "memory, about": _memory(memory.estimate),
         },
     )
     for warning in modality_warnings(
@@ -145,9 +134,9 @@ def _spread(values: list[int]) -> str:
     return f"{min(values)} to {max(values)}, mean {sum(values) / len(values):.0f}"
 
 
-def _memory(estimate: MemoryEstimate) -> str:
-    parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in asdict(estimate).items())
-    return f"{format_bytes(estimate.total)}: {parts}"
+def _memory(estimate: Estimate) -> str:
+    on_host = f", {format_bytes(estimate.host)} of host memory" if estimate.on_gpu else ""
+    return f"{format_bytes(estimate.device)}{on_host}; may be off by {format_bytes(estimate.uncertainty)}"
 
 
 def _loss_weights(config: TrainNetworkConfig, plan: BatchPlan) -> dict[str, list[float]]:

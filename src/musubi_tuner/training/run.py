@@ -27,7 +27,16 @@ from .calibration import calibrated
 from .data import make_loader, read_datasets, validation_set
 from .dry_run import run_dry_run
 from .hub import make_uploader
-from .optimization import make_optimizer, parameter_names, warn_of_rates, weight_actions, weight_average
+from .memory_outlook import memory_outlook, told_with
+from .optimization import (
+    check_fused_backward,
+    fused_backward_pass,
+    make_optimizer,
+    parameter_names,
+    warn_of_rates,
+    weight_actions,
+    weight_average,
+)
 from .outlook import by_stream
 from .plan import report_plan, run_facts
 from .previews import Previewer, make_decoders, prepare_jobs, wants_previews, warn_of_other_connectors
@@ -73,6 +82,8 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     check_references(config, datasets)
     resumed = find_resumed(config)
     compute = make_compute(config)
+    world_size = compute.accelerator.num_processes
+    check_fused_backward(config.optimizer, compute.mixed_precision, world_size, compute.device)
     quantization = quantization_settings(config.quantization, compute.device, config.calibration)
     check_quantization(checkpoint, quantization)
     loftq = loftq_request(
@@ -80,17 +91,19 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     )
     check_memory(config.memory.settings, checkpoint, device=compute.device, dtype=compute.dtype)
     progress = resumed.progress if resumed else Progress(seed=_seed(config))
-    world_size = compute.accelerator.num_processes
     loader = make_loader(config, datasets, checkpoint, seed=progress.seed, world_size=world_size, device=compute.device)
     schedule = run_schedule(config, loader, compute.accelerator)
     validation = validation_set(config, datasets, checkpoint) if wants_validation(config, datasets) else None
     _warn_of_defaults(config, explicit, progress)
+    memory = memory_outlook(config, checkpoint, compute, quantization, loader.plan)
+    memory.check(ignore=config.memory.ignore_memory_estimate)
 
     # Gemma comes and goes before the transformer is loaded: they need not fit into memory together.
     jobs, decoders = _previews(config, checkpoint, datasets, loader.plan.training_set, compute)
     task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
-    quantization = calibrated(config, checkpoint, quantization, loader.plan, task, streams_built(config))
-    transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization, loftq)
+    with told_with(memory):
+        quantization = calibrated(config, checkpoint, quantization, loader.plan, task, streams_built(config))
+        transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization, loftq)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)
     warn_of_rates(config, optimizer)
@@ -101,10 +114,10 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         compute.accelerator.wait_for_everyone()  # the first process tidies the folder that all have read from
     scaler = make_scaler(compute, progress)
     facts = run_facts(config, version, progress, loop, schedule, loader, optimizer, task, compute)
-    report_plan(config, network, transformer, optimizer, names, loader, facts, loop, compute)
+    report_plan(config, optimizer, names, loader, facts, loop, memory)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if config.validation.dry_run:
-        return run_dry_run(config, transformer, parameters, loader.plan, task)
+        return run_dry_run(config, transformer, parameters, loader.plan, task, memory)
 
     tracking = Tracking(compute.accelerator)
     listeners = _logs(config, tracking, compute)
@@ -125,7 +138,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     watch, norm_groups = audio_watch(config), by_stream(names, parameters)
     actions = weight_actions(config, network, average)
     first_step, started = progress.global_step, time.time()
-    Trainer(
+    trainer = Trainer(
         transformer,
         parameters,
         optimizer,
@@ -138,7 +151,10 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         audio_watch=watch,
         weight_actions=actions,
         norm_groups=norm_groups,
-    ).run()
+        fused=fused_backward_pass(config.optimizer, optimizer, norm_groups),
+    )
+    with told_with(memory):
+        trainer.run()
     compute.accelerator.end_training()
     RunSummary(
         first_step=first_step,
@@ -146,6 +162,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
         seconds=time.time() - started,
         validation=validator.last if validator else {},
         files=written_files(config.save.output_dir, config.save.output_name, started),
+        peak_memory=memory.peak(),
     ).log()
     return 1 if previewer and previewer.failures else 0
 

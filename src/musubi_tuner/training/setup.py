@@ -19,6 +19,7 @@ from musubi_tuner.common.av import AV
 from musubi_tuner.common.cuda import configure_cuda
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.seeding import derive_seed
+from musubi_tuner.config.model import Mode
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.batch import SampleKey
 from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
@@ -104,7 +105,7 @@ def network_options(config: TrainNetworkConfig) -> dict[str, str]:
     return options
 
 
-def streams_built(config: TrainNetworkConfig) -> str:
+def streams_built(config: TrainNetworkConfig) -> Mode:
     """Which modules of the transformer a run has: ``video``, ``av`` or ``audio``."""
     mode = config.checkpoint.ltx2_mode
     return "av" if mode == "audio" and not config.version.ltx2_audio_only_model else mode

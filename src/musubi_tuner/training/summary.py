@@ -23,6 +23,7 @@ class RunSummary:
     seconds: float
     validation: Mapping[str, float]
     files: tuple[Path, ...]
+    peak_memory: str  # beside what was estimated
 
     def log(self) -> None:
         logger.info(format_table(["result", "value"], self.rows(), title="Done"))
@@ -38,6 +39,7 @@ class RunSummary:
         if state.epoch_losses:
             rows.append(["average loss", f"{sum(state.epoch_losses) / len(state.epoch_losses):.4f}"])
         rows += [[name.replace("_", " "), f"{value:.4f}"] for name, value in self.validation.items()]
+        rows.append(["peak memory", self.peak_memory])
         rows.append(["dropped steps", state.skipped_steps])
         rows += [["file" if i == 0 else "", str(path)] for i, path in enumerate(self.files)]
         return rows

@@ -29,6 +29,7 @@ from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 
 from .audio_watch import AudioWatch
 from .distributed import average_gradients
+from .fused_backward import FusedBackward
 from .gradients import NORM, clip_gradients
 from .lr_plan import LrPlan
 from .optimizers import is_schedule_free, learning_rates
@@ -104,6 +105,7 @@ class Trainer:
     audio_watch: AudioWatch = AudioWatch()
     weight_actions: Sequence[WeightAction] = ()  # in this order after each step of the optimizer
     norm_groups: Mapping[str, Sequence[torch.nn.Parameter]] = field(default_factory=dict)  # to log the norms of
+    fused: FusedBackward | None = None  # steps the optimizer within the backward pass; takes no scaler
     _skipped_in_a_row: int = field(init=False, default=0)
     _first_step: int = field(init=False, default=1)
     _damaged: set[Path] = field(init=False, default_factory=set)
@@ -239,7 +241,9 @@ class Trainer:
         seed_dropout(derive_seed(self.task.seed, "step", self.progress.global_step, place), self.task.device)
         terms = self.audio_watch.weigh(view_losses(self.transformer, view, self.task), self.progress)
         loss = total(terms)
-        if loss.requires_grad:
+        if loss.requires_grad and self.fused:
+            self.fused.backward(loss)
+        elif loss.requires_grad:
             scaled_loss = loss / self.loop.accumulation
             (self.scaler.scale(scaled_loss) if self.scaler else scaled_loss).backward()
         else:
@@ -253,6 +257,8 @@ class Trainer:
 
     def _clipped_gradients(self) -> dict[str, Tensor]:
         """Clip; returns the norms before, of all gradients and of each group that has any."""
+        if self.fused:
+            return self.fused.norms()
         # Averaged before they are unscaled: an overflow on one process is one on all, and the scalers stay equal.
         average_gradients(self.parameters)
         if self.scaler and self._has_gradients():
@@ -261,6 +267,24 @@ class Trainer:
 
     def _apply(self, finite: bool) -> bool:
         """Step the optimizer, or drop the step when a loss or gradient is not finite."""
+        how_far = self.fused.steps_before_fault if self.fused else ""
+        moved = self.fused.end_step() if self.fused else self._step_weights(finite)
+        if finite:
+            self._skipped_in_a_row = 0
+            return moved
+        self.progress.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        number = self.progress.global_step + 1
+        logger.warning("step %d dropped: the loss or a gradient is not finite%s", number, how_far)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite loss or gradient (last: step "
+                f"{self.progress.global_step + 1}); lower --learning_rate, or train with --mixed_precision bf16"
+            )
+        return False
+
+    def _step_weights(self, finite: bool) -> bool:
+        """Whether there were gradients to step with; they are freed."""
         has_gradients = self._has_gradients()
         if has_gradients and finite:
             if self.scaler:
@@ -270,18 +294,7 @@ class Trainer:
         if has_gradients and self.scaler:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if finite:
-            self._skipped_in_a_row = 0
-            return has_gradients
-        self.progress.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        logger.warning("step %d dropped: the loss or a gradient is not finite", self.progress.global_step + 1)
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite loss or gradient (last: step "
-                f"{self.progress.global_step + 1}); lower --learning_rate, or train with --mixed_precision bf16"
-            )
-        return False
+        return has_gradients
 
     def _name_damaged(self, keys: Sequence[SampleKey]) -> None:
         """Name the cache files that made a step non-finite, each once; every process looks at its own batches."""

@@ -68,7 +68,7 @@ class Quantization:
     strength: float = 0.0
 
     @property
-    def method(self) -> Method:
+    def method(self) -> Nf4 | Int8 | Fp8:
         if self.kind == "nf4":
             return Nf4(self.block_size)
         if self.kind == "int8":

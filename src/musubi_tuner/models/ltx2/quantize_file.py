@@ -25,7 +25,8 @@ def quantize_file(source: Path, target: Path, *, method: Nf4 | Int8, device: tor
     dtype of the weights, which holds a largest magnitude exactly. Host memory holds one weight at a time.
 
     Raises:
-        UserError: ``source`` has no transformer, is quantised already, has no weight of a fitting width, or one that is not finite.
+        UserError: ``source`` has no transformer, is quantised already, has no weight of a fitting width, or one that
+            is not finite.
     """
     file = SafetensorsFile(source)
     chosen = set(weights_to_quantise(file, method).values())
@@ -62,7 +63,7 @@ def _quantised_infos(
 ) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
     layer, (n, k) = key.removesuffix(".weight"), info.shape
     if isinstance(method, Int8):
-        return {key: (torch.int8, (n, k)), layer + SCALE: (torch.float32, (n, method.num_blocks(k), 1))}
+        return {key: (torch.int8, (n, k)), layer + SCALE: (torch.float32, (n, method.blocks_of(k), 1))}
     return {
         key: (torch.uint8, (n, k // 2)),
         layer + SCALE: (info.dtype, (n, k // method.block_size, 1)),

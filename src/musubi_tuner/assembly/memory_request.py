@@ -1,0 +1,108 @@
+"""What the estimate of memory asks of a checkpoint and of the flags; nothing but headers is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from musubi_tuner.common.safetensors_io import TensorInfo
+from musubi_tuner.memory.activations import layer_sizes
+from musubi_tuner.memory.estimate import Weights
+from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.config import Mode, TransformerConfig
+from musubi_tuner.models.ltx2.keys import in_mode, transformer_keys
+from musubi_tuner.models.ltx2.quantize import Quantization, is_target, stored_transformer
+from musubi_tuner.quantization.packed import packed_bytes
+from musubi_tuner.quantization.stored import Stored
+
+_BLOCKS = "transformer_blocks."
+_FP32 = 4
+
+
+def checkpoint_weights(
+    checkpoint: Checkpoint, mode: Mode, dtype: torch.dtype, quantization: Quantization | None
+) -> Weights:
+    """Bytes of a checkpoint's transformer as :func:`load_transformer` holds it."""
+    infos = {name: checkpoint.tensors[key] for name, key in transformer_keys(checkpoint.tensors).items()}
+    return weights_of(infos, stored_transformer(checkpoint), mode, dtype, quantization)
+
+
+def weights_of(
+    infos: Mapping[str, TensorInfo], stored: Stored, mode: Mode, dtype: torch.dtype, quantization: Quantization | None
+) -> Weights:
+    """The same for the tensors of a transformer by name."""
+    blocks: dict[int, int] = {}
+    rest = largest = 0
+    for name, info in infos.items():
+        if name in stored.companions or not in_mode(name, mode):
+            continue
+        size = _held(name, infos, stored, dtype, quantization)
+        dense = torch.Size(stored.shape(name, info)).numel() * dtype.itemsize
+        if size != dense:
+            largest = max(largest, dense)
+        if name.startswith(_BLOCKS):
+            position = int(name.split(".", 2)[1])
+            blocks[position] = blocks.get(position, 0) + size
+        else:
+            rest += size
+    return Weights(tuple(blocks[position] for position in sorted(blocks)), rest, largest)
+
+
+def _held(
+    name: str,
+    infos: Mapping[str, TensorInfo],
+    stored: Stored,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+) -> int:
+    info = infos[name]
+    shape = stored.shape(name, info)
+    if quantization is not None and is_target(name):
+        if name in stored.scales:
+            scale = stored.scales[name]
+            return info.nbytes + _FP32 * (1 if scale is None else torch.Size(infos[scale].shape).numel())
+        if stored.kind == "dense" and quantization.method.fits(shape):
+            return packed_bytes(quantization.method, shape)
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def possible_bases(
+    checkpoint: Checkpoint, mode: Mode, dtype: torch.dtype, quantization: Quantization | None
+) -> dict[str, tuple[Weights, tuple[str, ...]]]:
+    """Ways to hold the base weights that take no more than the run's own: weights, and the flags to add."""
+    stored = stored_transformer(checkpoint)
+    own = "dense" if quantization is None else quantization.kind
+    found = {own: (checkpoint_weights(checkpoint, mode, dtype, quantization), ())}
+    if own == "dense" and stored.kind != "nf4":
+        request = Quantization("fp8", requantise=stored.kind == "dense")
+        flags = ("--fp8_base --fp8_scaled",) if request.requantise else ("--fp8_base",)
+        found["fp8"] = checkpoint_weights(checkpoint, mode, dtype, request), flags
+    if own != "nf4" and stored.kind == "dense":
+        flags = ("--nf4_base",) if own == "dense" else (f"--nf4_base (without --{own}_base)",)
+        found["nf4"] = checkpoint_weights(checkpoint, mode, dtype, Quantization("nf4")), flags
+    return found
+
+
+def layer_names(checkpoint: Checkpoint, mode: Mode) -> list[str]:
+    """Dotted paths of the linear layers in the blocks of a transformer built for ``mode``."""
+    return linear_layers(transformer_keys(checkpoint.tensors), mode)
+
+
+def linear_layers(names: Iterable[str], mode: Mode) -> list[str]:
+    """The same among the names of a transformer's tensors."""
+    paths = (name.removesuffix(".weight") for name in names if name.startswith(_BLOCKS) and name.endswith(".weight"))
+    return [path for path in paths if in_mode(path, mode) and not path.endswith("_norm")]
+
+
+def by_block(
+    ranks: Mapping[str, int], config: TransformerConfig
+) -> tuple[tuple[Mapping[str, int], ...], tuple[int, ...]]:
+    """Ranks of layers by their paths to ranks by block and name in it, and the number of trained values by block."""
+    sizes = layer_sizes(config)
+    found: list[dict[str, int]] = [{} for _ in range(config.num_layers)]
+    for path, rank in ranks.items():
+        position, _, name = path.removeprefix(_BLOCKS).partition(".")
+        found[int(position)][name] = rank
+    params = [sum(rank * sum(sizes[name]) for name, rank in block.items()) for block in found]
+    return tuple(found), tuple(params)

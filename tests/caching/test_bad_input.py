@@ -20,7 +20,7 @@ from PIL import Image
 from musubi_tuner.caching.latent_outputs import LatentRecipe
 from musubi_tuner.caching.latents import RunOptions, cache_latents
 from musubi_tuner.caching.text import TextRecipe, cache_text
-from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.clip_sound import AudioSource
 from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord

@@ -16,7 +16,7 @@ from musubi_tuner.caching.pipeline import RunOptions
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.dataset.cache import read_audio, read_latents, read_virtual_grid
-from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.clip_sound import AudioSource
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
 

@@ -11,11 +11,12 @@ from media_files import index_frame, read_index, tone, write_sound, write_video
 from PIL import Image
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.dataset.clip_sound import read_sound
 from musubi_tuner.generation.conditions import SampleLatents
 from musubi_tuner.generation.latent_cache import CacheOwner, load_latent_cache, write_latent_cache
 from musubi_tuner.generation.prompts import SamplePrompt
 from musubi_tuner.generation.sample_latents import encode_sample_latents
-from musubi_tuner.generation.sample_media import locate, read_reference, read_sound, read_still, require_media
+from musubi_tuner.generation.sample_media import locate, read_reference, read_still, require_media
 
 SMALL = SamplePrompt(prompt="a cat", width=128, height=64, frame_count=17)
 OWNER = CacheOwner("video", "audio")
@@ -96,9 +97,9 @@ def test_sound_keeps_its_true_length(media):
 
 def test_files_without_sound_or_with_too_little(media, tmp_path):
     write_sound(tmp_path / "click.wav", tone(0.02))
-    for path, message in ((media / "ref.mp4", "no audio stream"), (tmp_path / "click.wav", "at least 513 are needed")):
+    for path, message in ((media / "ref.mp4", "no audio stream"), (tmp_path / "click.wav", "at least 32 ms are needed; name another")):
         with pytest.raises(UserError, match=message):
-            read_sound(path)
+            read_sound(path, advice="name another file")
 
 
 def test_files_lie_beside_the_prompt_file_or_in_the_working_directory(media, tmp_path, monkeypatch):

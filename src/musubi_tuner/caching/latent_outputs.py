@@ -26,7 +26,8 @@ from musubi_tuner.dataset.cache import (
     read_latent_header,
     read_virtual_grid,
 )
-from musubi_tuner.dataset.clips import AudioSource, base_name
+from musubi_tuner.dataset.clip_sound import AudioSource
+from musubi_tuner.dataset.clips import base_name
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.fingerprint import provenance
 from musubi_tuner.dataset.frames import ClipWindow

@@ -18,11 +18,12 @@ import torch
 from musubi_tuner.common.progress import progress
 from musubi_tuner.dataset.buckets import floor_frames
 from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches, split_clip_base, write_audio, write_latents
-from musubi_tuner.dataset.clips import PreparedClip, base_name, iter_clips, plan_item, require_files
+from musubi_tuner.dataset.clips import PreparedClip, base_name, iter_clips, require_files
 from musubi_tuner.dataset.companions import find_companions
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.frame_store import BlockPool
 from musubi_tuner.dataset.frames import ClipWindow
+from musubi_tuner.dataset.plan import plan_item
 from musubi_tuner.dataset.sources import SourceItem, list_items
 
 from .companions import cache_companions

@@ -16,7 +16,7 @@ from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.config.caching import AudioSourceConfig, CacheLatentsConfig, CacheTextConfig, DatasetRunConfig
 from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
-from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.clip_sound import AudioSource
 from musubi_tuner.dataset.companions import check_companions
 from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.fingerprint import short_list

@@ -17,6 +17,7 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
 from musubi_tuner.config.model import Mode
 from musubi_tuner.config.sampling import SampleConditioningConfig
+from musubi_tuner.dataset.clip_sound import read_sound
 from musubi_tuner.dataset.fingerprint import RepairCommands
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.video_vae import Tiling
@@ -24,7 +25,7 @@ from musubi_tuner.models.video_vae import Tiling
 from .conditions import UNCONDITIONED, Condition, SampleLatents, check_conditions, conditions_of, named_prompt
 from .latent_cache import CacheOwner, load_latent_cache
 from .prompts import SamplePrompt
-from .sample_media import locate, read_reference, read_sound, read_still, require_media
+from .sample_media import locate, read_reference, read_still, require_media
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def _read(condition: Condition, path: Path, prompt: SamplePrompt) -> np.ndarray:
         return read_still(path, size)
     if condition.name == "reference":
         return read_reference(path, size, frames=prompt.frame_count, fps=prompt.frame_rate)
-    return read_sound(path)
+    return read_sound(path, advice="name another file")
 
 
 def _encoded(vae: Encoder, content: np.ndarray) -> Tensor:

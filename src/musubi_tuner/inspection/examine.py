@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import Size, audio_latent_length, latent_grid
-from musubi_tuner.dataset.clips import AudioSource, ItemPlan, PreparedClip, iter_clips, plan_item, require_files
+from musubi_tuner.dataset.clip_sound import AudioSource
+from musubi_tuner.dataset.clips import PreparedClip, iter_clips, require_files
 from musubi_tuner.dataset.companions import Companions
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.frames import ClipWindow
+from musubi_tuner.dataset.plan import ItemPlan, plan_item
 from musubi_tuner.dataset.sources import SourceItem
 
 from .companions import Accompanied, CompanionView, look_at

@@ -12,7 +12,7 @@ from musubi_tuner.common.log import quiet
 from musubi_tuner.common.progress import progress
 from musubi_tuner.config.inspect import InspectConfig
 from musubi_tuner.config.model import Mode
-from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.clip_sound import AudioSource
 from musubi_tuner.dataset.companions import find_companions
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.schema import check_mode, load_dataset_config
@@ -49,7 +49,7 @@ def run_inspection(config: InspectConfig) -> int:
     listings = {entry.label: list_items(entry) for entry in datasets.entries()}
     duplicates = find_duplicates({label: listing.items for label, listing in listings.items()})
     reports = []
-    with quiet("musubi_tuner.dataset.clips"):  # the page says it in its place
+    with quiet("musubi_tuner.dataset.rates", "musubi_tuner.dataset.clip_sound"):  # the page says it in its place
         for entry in datasets.entries():
             examined = _examine_all(
                 entry, listings[entry.label], mode=mode, audio_source=sound, workers=workers, max_shown=flags.max_items

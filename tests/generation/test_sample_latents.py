@@ -97,7 +97,10 @@ def test_sound_keeps_its_true_length(media):
 
 def test_files_without_sound_or_with_too_little(media, tmp_path):
     write_sound(tmp_path / "click.wav", tone(0.02))
-    for path, message in ((media / "ref.mp4", "no audio stream"), (tmp_path / "click.wav", "at least 32 ms are needed; name another")):
+    for path, message in (
+        (media / "ref.mp4", "no audio stream"),
+        (tmp_path / "click.wav", "at least 32 ms are needed; name another"),
+    ):
         with pytest.raises(UserError, match=message):
             read_sound(path, advice="name another file")
 

@@ -18,10 +18,10 @@ from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.progress import progress
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.cache import CacheName, read_text_header, write_text
-from musubi_tuner.dataset.discovery import text_mismatch
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.fingerprint import provenance
 from musubi_tuner.dataset.items import EncoderRecord
+from musubi_tuner.dataset.mismatch import text_mismatch
 from musubi_tuner.dataset.sources import SourceItem, caption_path, list_items
 
 from .pipeline import (

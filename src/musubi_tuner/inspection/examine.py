@@ -91,8 +91,13 @@ def examine(
     mode: Mode,
     audio_source: AudioSource,
     companions: Companions = Companions(),  # noqa: B008 (frozen)
+    reference_seconds: float | None = None,
 ) -> ItemReport:
-    """Decode an item clip by clip, with what accompanies the first. A damaged file becomes a finding."""
+    """Decode an item clip by clip, with what accompanies the first. A damaged file becomes a finding.
+
+    Args:
+        reference_seconds: of a reference sound that are used; ``None`` = the whole.
+    """
     findings = list(caption_findings(item.caption))
     clips: list[ClipReport] = []
     plan: ItemPlan | None = None
@@ -111,7 +116,7 @@ def examine(
             if item.path.is_dir() and not clips:
                 findings += _order_findings(clip)
             if not clips:
-                accompanied = look_at(companions, entry, mode, clip)
+                accompanied = look_at(companions, entry, mode, clip, reference_seconds)
             clips.append(_clip_report(clip, timing, pictures=len(clips) < CLIPS_SHOWN))
         findings += _length_findings(entry, plan, clips)
     except UserError as error:

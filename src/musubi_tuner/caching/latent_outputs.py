@@ -20,6 +20,8 @@ from musubi_tuner.dataset.buckets import (
 )
 from musubi_tuner.dataset.cache import (
     EXTRACTION_KEY,
+    PREPARATION,
+    PREPARATION_KEY,
     CacheName,
     Grid,
     read_audio_header,
@@ -118,6 +120,7 @@ def clip_outputs(
     latents = Output(
         entry.cache_directory / str(name),
         provenance(item.path, recipe.video_vae, video)
+        | {PREPARATION_KEY: PREPARATION}
         | ({EXTRACTION_KEY: entry.extraction.record} if item.kind == "video" else {}),
         fits=lambda path: read_latent_header(path).grid == latent_grid(frames, bucket),
     )

@@ -10,6 +10,8 @@ from typing import Literal
 
 import numpy as np
 
+from musubi_tuner.common.tables import count_text
+
 from .audio import AudioTrack, NoAudio, cut_clip, probe_audio, to_16k
 from .buckets import AUDIO_RATE, SHORTEST_SOUND
 from .frames import Cut
@@ -115,7 +117,7 @@ def warn_of_damage(track: AudioTrack) -> None:
     if track.gaps:
         logger.warning("%s: %.2f s of pauses in the sound filled with silence", track.path.name, track.gaps)
     if track.damaged:
-        logger.warning("%s: %d damaged packets of sound left out", track.path.name, track.damaged)
+        logger.warning("%s: %s of sound left out", track.path.name, count_text(track.damaged, "damaged packet"))
 
 
 def warn_if_cut_short(path: Path, seconds: float) -> None:

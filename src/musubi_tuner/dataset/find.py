@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from musubi_tuner.common.tables import format_table
+from musubi_tuner.common.tables import count_text, format_table
 from musubi_tuner.config.model import Mode
 
 from .cache import split_clip_base
@@ -85,7 +85,7 @@ def remarks(find: Find, mode: Mode) -> Iterable[str]:
         yield f"no cached text for {short_list(find.textless)}; left out (ltx2_cache_text_encoder_outputs.py)"
     yield from (f"{lacks}; left out (ltx2_cache_latents.py)" for lacks in _incomplete(find))
     if find.uncaptioned:
-        yield f"{find.uncaptioned} sources without a readable caption; left out"
+        yield f"{count_text(find.uncaptioned, 'source')} without a readable caption; left out"
     if find.strangers:
         owner = "no item of this dataset" if entry.files is None else "no item of the manifest"
         yield f"caches of {owner} are ignored: {short_list(find.strangers)}"

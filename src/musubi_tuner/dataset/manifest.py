@@ -31,6 +31,7 @@ from typing import Any
 
 from musubi_tuner.common.atomic import write_text
 from musubi_tuner.common.errors import ConfigErrors, UserError
+from musubi_tuner.common.tables import count_text
 from musubi_tuner.common.text_files import read_text
 
 from .buckets import pixel_frames, pixel_size
@@ -189,7 +190,7 @@ def _portable(path: Path, folder: Path) -> str:
 def _report_saved(path: Path, config: DatasetConfig, found: Mapping[str, _Cached], failures: int) -> None:
     items = sum(len(cached.files) for cached in found.values())
     datasets = len(found)
-    logger.info("%s: lists %d items of %d dataset%s", path, items, datasets, "" if datasets == 1 else "s")
+    logger.info("%s: lists %s of %s", path, count_text(items, "item"), count_text(datasets, "dataset"))
     for entry in config.entries():
         cached = found[entry.label]
         if not cached.files:

@@ -17,7 +17,7 @@ from musubi_tuner.common.devices import choose_device
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.log import quiet
 from musubi_tuner.common.progress import progress
-from musubi_tuner.common.tables import format_bytes, format_table
+from musubi_tuner.common.tables import count_text, format_bytes, format_table
 from musubi_tuner.config.caching import CacheLatentsConfig
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import AUDIO_RATE, audio_latent_length, latent_grid
@@ -34,7 +34,7 @@ from musubi_tuner.models.checkpoint import Checkpoint
 
 from .companions import log_companions
 from .examine import unreadable
-from .report import count_text, time_text
+from .report import time_text
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,10 @@ def run_dry_run(config: CacheLatentsConfig) -> int:
     with quiet("musubi_tuner.dataset.rates", "musubi_tuner.dataset.clip_sound"):
         estimates = [_estimate(e, config, mode, workers) for e in datasets.entries() if e.source is not None]
         logger.info("%s", _table(estimates))
+        logger.info(
+            "judged by the headers of the files: damage inside them shows only when they are decoded, which "
+            "ltx2_inspect_dataset.py does"
+        )
         if rate is None and config.checkpoint.ltx2_checkpoint is not None and mode != "audio":
             rate = _timed_rate(config, datasets)
     _log_time(estimates, rate, workers)

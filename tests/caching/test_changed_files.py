@@ -163,6 +163,15 @@ def test_another_date_alone_is_told_of(entry: DatasetEntry, role: Role, caplog) 
     assert "another date, but the same size, as when they were cached: a." in caplog.text
 
 
+def test_directories_that_are_not_here_are_not_missed(entry: DatasetEntry) -> None:
+    cache(entry)
+    for name in ("references", "sounds", "masks", "audio_masks"):
+        (entry.source.parent / name).rename(entry.source.parent / f"{name} elsewhere")
+    training_set = find(entry)
+    check(training_set)
+    assert len(training_set) == 2
+
+
 def test_a_reference_that_a_run_does_not_use_may_change(entry: DatasetEntry, caplog) -> None:
     cache(entry)
     (entry.source.parent / "references" / "a.png").unlink()

@@ -25,6 +25,7 @@ from .cache import (
     read_latent_header,
     read_mask_header,
 )
+from .companion_rules import SOURCE_DIRECTORIES
 from .entries import DatasetEntry
 from .items import MODALITIES, CacheProblem
 from .source_changes import SourceChanges
@@ -35,6 +36,14 @@ Header = TypeVar("Header")
 # What may be missing, as messages name it.
 REFERENCE, REFERENCE_SOUND, MASK = "cached reference", "cached reference sound", "cached mask"
 SOUND = "cached sound (which a reference needs)"
+
+
+# What is made of the files of which directories; caches of a directory that is not there are taken as they are.
+_DIRECTORIES: Mapping[str, tuple[str, ...]] = {
+    "reference": ("reference_directory", "control_directory"),
+    "reference sound": ("reference_audio_directory",),
+    "mask": ("mask_directory", "audio_mask_directory"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,9 @@ class CompanionSearch:
         self.entry = entry
         self.items = items
         self.changes = changes
-        self.files = _files(entry, mode, references, items)
+        absent = [name for name in SOURCE_DIRECTORIES if (d := getattr(entry, name)) is not None and not d.is_dir()]
+        self.unknown = {what for what, names in _DIRECTORIES.items() if set(names) & set(absent)}
+        self.files = _files(replace(entry, **dict.fromkeys(absent)), mode, references, items)
         self.cached = cached
         self.references = _names(entry.reference_cache_directory if "video" in references else None)
         self.sounds = _names(entry.reference_audio_cache_directory if "audio" in references else None)
@@ -116,7 +127,7 @@ class CompanionSearch:
     def _check_files(self, files: companions.Companions, found: Companions, name: CacheName) -> bool:
         """Whether the files that ``found`` was made of are all there; those that changed are noted as problems."""
         for made in _made_of(files, found):
-            if "source_size" not in made.metadata:  # of other programs
+            if "source_size" not in made.metadata or made.what in self.unknown:  # of other programs, or not here
                 continue
             if any(path is None for path in made.paths):
                 self._lacks(f"{made.what} any more", name)

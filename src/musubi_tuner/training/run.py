@@ -47,6 +47,7 @@ from .setup import (
     Compute,
     audio_watch,
     check_choices,
+    check_model,
     load_model,
     loop_settings,
     make_compute,
@@ -86,6 +87,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     check_fused_backward(config.optimizer, compute.mixed_precision, world_size, compute.device)
     quantization = quantization_settings(config.quantization, compute.device, config.calibration)
     check_quantization(checkpoint, quantization)
+    edits = check_model(config, checkpoint)
     loftq = loftq_request(
         config.calibration, config.network.network_dim, checkpoint, iterations_given="loftq_iters" in explicit
     )
@@ -103,7 +105,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
     with told_with(memory):
         quantization = calibrated(config, checkpoint, quantization, loader.plan, task, streams_built(config))
-        transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization, loftq)
+        transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization, edits, loftq)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)
     warn_of_rates(config, optimizer)

@@ -35,9 +35,9 @@ from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
 from .optimizers import evaluation_weights
+from .reports import StepReport
 from .state import Progress
 from .tracking import Tracking
-from .trainer import StepReport
 
 logger = logging.getLogger(__name__)
 

@@ -40,8 +40,8 @@ from .checkpoints import (
 from .hub import Uploader
 from .metadata import RunFacts, training_metadata
 from .optimizers import evaluation_weights
+from .reports import StepReport
 from .state import Progress, save_state
-from .trainer import StepReport
 from .weights import WeightAverage
 
 logger = logging.getLogger(__name__)

@@ -24,10 +24,11 @@ from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from .distributed import sum_over_processes
 from .levels import LEVEL_RANGES, level_range
 from .optimizers import evaluation_weights
+from .reports import StepReport
 from .state import Progress
 from .step import TaskSettings, prepare_view, view_losses
 from .tracking import Tracking
-from .trainer import LoopSettings, StepReport
+from .trainer import LoopSettings
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora_ltx2 import create_network, planned_ranks
 from musubi_tuner.quantization.linear import pack_linear
 from musubi_tuner.quantization.stored import Stored
+from musubi_tuner.training.fused_backward import PARTS, FusedBackward
 
 TEXT = 7  # tokens that tiny_inputs makes
 
@@ -43,6 +44,7 @@ class Case:
     video_tokens: int = 512
     audio_tokens: int = 96
     rank: int = 8
+    fused: bool = False  # the optimizer steps within the backward pass
 
     @property
     def config(self):
@@ -68,7 +70,7 @@ def request_of(case: Case, model: LTX2Transformer) -> Request:
     return Request(
         config=case.config,
         weights=weights_of(infos, Stored("dense"), case.mode, case.dtype, case.quantization),
-        trained=Trained(by_position, params, optimizer_state_bytes("AdamW")),
+        trained=Trained(by_position, params, optimizer_state_bytes("AdamW"), gradient_parts=PARTS if case.fused else 1),
         batch=BatchShape(
             case.batch,
             0 if case.mode == "audio" else case.batch * case.video_tokens,
@@ -93,6 +95,7 @@ def measure(case: Case) -> tuple[int, Estimate]:
     network.apply_to(model)
     attach_to_blocks(model, case.settings, None, device=torch.device("cpu"))
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    fused = FusedBackward(optimizer) if case.fused else None
     inputs = tiny_inputs(
         case.config,
         video_tokens=case.video_tokens,
@@ -104,7 +107,12 @@ def measure(case: Case) -> tuple[int, Estimate]:
         inputs = AV(**{case.mode: inputs[case.mode]})
 
     def step() -> None:
-        sum(x.float().square().mean() for _, x in model(inputs).items()).backward()
+        loss = sum(x.float().square().mean() for _, x in model(inputs).items())
+        if fused is not None:
+            fused.backward(loss)
+            fused.end_step()
+            return
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -134,6 +142,8 @@ CASES = {
     "plain, fp32": Case(dtype=torch.float32),
     "plain, 2.0": Case(version="2.0"),
     "video": Case(mode="video"),
+    "fused backward": Case(CHECKPOINTING, rank=64, preset="full", video_tokens=96, fused=True),
+    "the same, not fused": Case(CHECKPOINTING, rank=64, preset="full", video_tokens=96),
     "audio": Case(mode="audio", audio_tokens=512),
     "batch of 2": Case(batch=2),
     "fp8": Case(base="fp8"),

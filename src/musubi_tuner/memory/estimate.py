@@ -51,6 +51,7 @@ class Trained:
         state_bytes: of the optimizer, for each value; see :func:`optimizer_state_bytes`.
         accumulating: gradients of earlier batches are held while the next is computed.
         averaged: a running average in fp32 is kept.
+        gradient_parts: the optimizer steps whenever this share of all gradients is there, and frees it; 1 = at the end.
     """
 
     ranks: tuple[Mapping[str, int], ...]
@@ -58,6 +59,7 @@ class Trained:
     state_bytes: float
     accumulating: bool = False
     averaged: bool = False
+    gradient_parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -213,14 +215,16 @@ def _recomputed(request: Request) -> range:
 
 def _worst_moment(request: Request, blocks: list[BlockActivations]) -> Moment:
     """Backwards through the blocks: what is kept by those in front, what one computes, the gradients so far."""
+    trained = request.trained
     kept = [_kept(request, blocks, position) for position in range(len(blocks))]
-    gradients = [count * request.numbers.trained for count in request.trained.params]
-    moments = [Moment(sum(kept), _head(request), sum(gradients) if request.trained.accumulating else 0)]
+    gradients = [count * request.numbers.trained for count in trained.params]
+    most = sum(gradients) // trained.gradient_parts  # at a time
+    moments = [Moment(sum(kept), _head(request), most if trained.accumulating else 0)]
     for position, block in enumerate(blocks):
-        held = sum(gradients if request.trained.accumulating else gradients[position + 1 :])
+        held = most if trained.accumulating else min(most, sum(gradients[position + 1 :]))
         arriving = _arriving(request, blocks, position)
         moments.append(Moment(sum(kept[:position]) + arriving, block.peak, held))
-    moments.append(Moment(0, 0, sum(gradients)))  # the optimizer's step
+    moments.append(Moment(0, 0, most))  # the optimizer's step
     return max(moments, key=lambda moment: moment.total)
 
 

@@ -23,7 +23,7 @@ from .gradients import clip_each, norm_report
 
 logger = logging.getLogger(__name__)
 
-_PARTS = 32
+PARTS = 32  # of all gradients
 
 
 class FusedBackward:
@@ -48,7 +48,7 @@ class FusedBackward:
         self._groups = groups or {}
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         total = sum(p.numel() * p.element_size() for p in self._parameters)
-        self._part_bytes = total // _PARTS if part_bytes is None else part_bytes
+        self._part_bytes = total // PARTS if part_bytes is None else part_bytes
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._parameters]
         self._running = False
         self._start()

@@ -29,6 +29,7 @@ from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
 
 from .compute import Compute
+from .fused_backward import PARTS
 from .optimizers import optimizer_class, parse_key_values
 from .outlook import batch_size
 from .previews import wants_previews
@@ -179,6 +180,7 @@ def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerCon
         state_bytes=state,
         accumulating=config.optimizer.gradient_accumulation_steps > 1,
         averaged=config.network.ema_decay is not None,
+        gradient_parts=PARTS if config.optimizer.fused_backward_pass else 1,
     )
 
 

@@ -148,8 +148,7 @@ class ScalarLog:
     tracking: Tracking
 
     def on_start(self, progress: Progress) -> None:
-        if progress.epoch > 0 and progress.batch_in_epoch == 0:
-            self._log_epoch(progress)  # the run that saved the state may have ended before it logged this
+        pass
 
     def on_step(self, report: StepReport, progress: Progress) -> None:
         values = {
@@ -167,9 +166,6 @@ class ScalarLog:
         self.tracking.log(values, report.step)
 
     def on_epoch_end(self, epoch: int, progress: Progress) -> None:
-        self._log_epoch(progress)
-
-    def _log_epoch(self, progress: Progress) -> None:
         self.tracking.log({"loss/epoch": _mean(progress.epoch_losses)}, progress.global_step)
 
     def on_end(self, progress: Progress) -> None:

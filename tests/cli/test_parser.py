@@ -263,3 +263,13 @@ def test_names_that_the_output_cannot_show_do_not_end_a_script():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, "wrote \\u65e5\\u672c\n")
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "passive"), ("active", "active")])
+def test_waiting_threads_leave_the_cores_to_others(monkeypatch, given: str | None, used: str):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    seen = []
+    entry(Config, "test")(lambda parsed: seen.append(os.environ["OMP_WAIT_POLICY"]))([])
+    assert seen == [used]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from allocations import allocated_peak
 from ltx2_tiny import config_of, tiny_inputs, tiny_model
+from torch._subclasses import FakeTensor
 
 from musubi_tuner.assembly.memory_request import by_block, linear_layers, weights_of
 from musubi_tuner.assembly.transformer import attach_to_blocks
@@ -131,7 +132,8 @@ def quantise(model: LTX2Transformer, request: Quantization) -> None:
 def live_storages() -> Counter:
     """Bytes of the memory behind all tensors, by address."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    # A compiler that ran earlier in this process may have left tensors without memory.
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and not issubclass(type(x), FakeTensor)]
     return Counter({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if not x.is_meta})
 
 

@@ -20,7 +20,7 @@ LAYERS = 4
 
 
 def recomputations(made, step) -> list[int]:
-    """How often each block's first layer computes in a step."""
+    """How often a layer of each block computes in a step."""
     counts = [0] * LAYERS
     hooks = []
     for position, block in enumerate(made.blocks):
@@ -28,7 +28,7 @@ def recomputations(made, step) -> list[int]:
         def count(*_, position=position):
             counts[position] += 1
 
-        hooks.append(block.attn1.to_q.register_forward_hook(count))
+        hooks.append(block.attn1.to_out[0].register_forward_hook(count))
     step()
     for hook in hooks:
         hook.remove()

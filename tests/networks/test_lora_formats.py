@@ -332,7 +332,10 @@ BROKEN = {
     "alpha_nan": ({**pair(), f"{COMFY}.alpha": torch.tensor(float("nan"))}, "alpha is nan"),
     "integers": ({k: v.to(torch.int32) for k, v in pair().items()}, "type int32, expected floating point"),
     "twice": ({**pair(), **pair("transformer." + NAME)}, "are the same module"),
-    "dora": ({**pair(), f"{COMFY}.dora_scale": torch.ones(4, 1)}, "a DoRA file"),
+    "dora_of_peft": ({**pair(), f"{COMFY}.lora_magnitude_vector": torch.ones(3)}, r"\[3\], expected \[4, 1\]"),
+    "dora_by_input": ({**pair(), f"{COMFY}.dora_scale": torch.ones(1, 3)}, r"\[1, 3\], expected \[4, 1\]"),
+    "dora_alone": ({**pair(), f"{COMFY[:-1]}k.dora_scale": torch.ones(4, 1)}, "belongs to no pair"),
+    "dora_nan": ({**pair(), f"{COMFY}.dora_scale": torch.full((4, 1), float("nan"))}, "holds NaN"),
     "lokr": ({f"lora_unet_{NAME.replace('.', '_')}.lokr_w1": torch.ones(2, 2)}, "LyCORIS LoKr"),
 }
 

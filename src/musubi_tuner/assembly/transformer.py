@@ -24,7 +24,7 @@ from musubi_tuner.memory.compilation import compile_blocks
 from musubi_tuner.memory.transfer import PinnedBudget, make_transfer
 from musubi_tuner.models.attention_backends import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
-from musubi_tuner.models.ltx2.load import build_transformer, load_transformer, transformer_config
+from musubi_tuner.models.ltx2.load import Edits, build_transformer, load_transformer, transformer_config
 from musubi_tuner.models.ltx2.quantize import Quantization, quantize_plainly
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.lora import LoRALinear
@@ -74,6 +74,7 @@ def assemble_transformer(
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization | None = None,
+    edits: Edits | None = None,
     network: NetworkFactory | None = None,
     compilation: CompileSettings | None = None,
     memory: MemorySettings = _PLAIN,
@@ -82,7 +83,8 @@ def assemble_transformer(
     """Load the frozen transformer and attach what training asked for.
 
     ``streams`` is ``video``, ``av`` or ``audio``: which modules are built. ``quantization``: how the
-    weights of its blocks are held, ``None`` for dense. ``network`` makes the network for the
+    weights of its blocks are held, ``None`` for dense. ``edits`` change weights while they are loaded.
+    ``network`` makes the network for the
     loaded transformer; it is applied here. ``compilation``: how the blocks are compiled, ``None`` for not at all.
     ``loftq``: how the network starts, ``None`` for as it is made.
     """
@@ -99,13 +101,14 @@ def assemble_transformer(
         quantization=quantization,
         host_blocks=swapped_positions(config.num_layers, memory.blocks_to_swap),
         quantize=quantize_plainly if start is None else start.quantize,
+        edits=edits,
     )
     if start is not None:
         start.report()
     if network is not None:
         adapter = adapter or network(transformer)
+        adapter.to(device)  # first: what it computes of the base weights (DoRA), it computes there
         adapter.apply_to(transformer)
-        adapter.to(device)
     attach_to_blocks(transformer, memory, compilation, device=device, draws=_draws_random(adapter))
     return transformer, adapter
 

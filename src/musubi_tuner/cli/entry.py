@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ def entry(
 
     def decorate(body: Callable[[Parsed[C]], int | None]) -> Callable[[Sequence[str] | None], None]:
         def main(argv: Sequence[str] | None = None) -> None:
+            # Threads of PyTorch that spin while they wait take the cores from the workers that read data; where other
+            # programs run, a step takes many times as long. It has to be set before PyTorch is loaded.
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
             prog = Path(body.__code__.co_filename).name
             status = _run(lambda: body(_checked(config_class, argv, prog, description, rules)))
             if status:

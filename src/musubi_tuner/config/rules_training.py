@@ -43,6 +43,7 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
             "gemma_safetensors": config.gemma.gemma_safetensors,
         }
     )
+    yield from (f"--base_weights {p}: not found" for p in config.network.base_weights if not p.exists())
     yield from folder("output_dir", config.save.output_dir)
     yield from file_name("output_name", config.save.output_name)
     yield from resume_exists(config.save, config.hub)
@@ -177,6 +178,12 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     wants_samples = preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs
     if wants_samples and preview.sample_prompts is None:
         yield "--sample_at_first and --sample_every_n_* need --sample_prompts"
+    network = config.network
+    if network.dim_from_weights and network.network_weights is None:
+        yield "--dim_from_weights needs --network_weights, whose ranks it takes"
+    if len(network.base_weights_multiplier) > len(network.base_weights):
+        count, files = len(network.base_weights_multiplier), len(network.base_weights)
+        yield f"--base_weights_multiplier: {count} values for {files} files of --base_weights; give one each or fewer"
     yield from blocks(config.memory)
     yield from training_memory(config.memory)
     yield from quantization(config.quantization)

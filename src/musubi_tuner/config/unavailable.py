@@ -9,8 +9,6 @@ from typing import Any
 _OFF = "leave it out"
 
 NOT_YET: Mapping[str, str] = {
-    "dim_from_weights": "use --network_dim",
-    **dict.fromkeys(("base_weights", "base_weights_multiplier"), _OFF),
     **dict.fromkeys(("lycoris_config", "init_lokr_norm"), "use --network_module networks.lora_ltx2"),
     **dict.fromkeys(("video_role", "audio_role", "video_conditions", "audio_conditions"), _OFF),
     **dict.fromkeys(("blank_preservation", "blank_preservation_args", "dop", "dop_args", "dop_class_prompt"), _OFF),

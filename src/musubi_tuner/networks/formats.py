@@ -52,10 +52,11 @@ _KEY = re.compile(
     r"(?P<module>.+?)\.(?:(?P<down>lora_down|lora_A|lora\.down)|(?P<up>lora_up|lora_B|lora\.up))(?:\.\w+)?\.weight"
 )
 _ALPHA = ".alpha"
+_DORA = ".dora_scale"
+_DORA_KEY = re.compile(r"(?P<module>.+?)\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)?(?:\.weight)?)")
 _EXPECTED = "expected pairs of lora_down/lora_up or lora_A/lora_B weights"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UNSUPPORTED = {
-    r".*\.(dora_scale|lora_magnitude_vector.*)": "DoRA",
     r".*\.lokr_.*": "LyCORIS LoKr",
     r".*\.hada_.*": "LyCORIS LoHa",
     r".*\.oft_blocks": "LyCORIS OFT",
@@ -77,6 +78,7 @@ class ModuleInfo:
     out_features: int
     dtype: torch.dtype
     alpha: float | None = None  # None: the rank
+    dora: bool = False
 
     @property
     def scale(self) -> float:
@@ -91,21 +93,35 @@ class LoraModule:
     down: Tensor  # [r, K]
     up: Tensor  # [N, r]
     alpha: float | None = None  # None: the rank
+    dora_scale: Tensor | None = None  # [N, 1] lengths of the adapted weight's rows
 
     @property
     def info(self) -> ModuleInfo:
         (rank, in_features), out_features = self.down.shape, self.up.shape[0]
         dtype = torch.promote_types(self.down.dtype, self.up.dtype)
-        return ModuleInfo(rank, in_features, out_features, dtype, self.alpha)
+        return ModuleInfo(rank, in_features, out_features, dtype, self.alpha, self.dora_scale is not None)
 
     def delta(self, multiplier: float = 1.0) -> Tensor:
         """The change of the weight, [N, K] in float32."""
         return (self.up.float() * (multiplier * self.info.scale)) @ self.down.float()
 
+    def change(self, weight: Tensor, multiplier: float = 1.0, *, over_base: bool = False) -> Tensor:
+        """What adapting adds to ``weight`` [N, K] (float32). ``over_base``: see :func:`lengths_over_base`."""
+        if self.dora_scale is None:
+            return self.delta(multiplier)
+        adapted = weight + self.delta()
+        norms = (weight if over_base else adapted).norm(dim=1, keepdim=True)
+        return (adapted * (self.dora_scale.float() / norms.clamp(min=1e-30)) - weight) * multiplier
+
     def folded(self, multiplier: float = 1.0) -> LoraModule:
         """The delta times ``multiplier``, with alpha = r; ``up`` becomes float32 unless nothing changes."""
         scale = multiplier * self.info.scale
-        return LoraModule(self.down, self.up if scale == 1 else self.up.float() * scale)
+        return replace(self, up=self.up if scale == 1 else self.up.float() * scale, alpha=None)
+
+    def on(self, device: torch.device) -> LoraModule:
+        """The same on another device."""
+        lengths = None if self.dora_scale is None else self.dora_scale.to(device)
+        return replace(self, down=self.down.to(device), up=self.up.to(device), dora_scale=lengths)
 
     def to(self, dtype: torch.dtype) -> LoraModule:
         return replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
@@ -121,10 +137,19 @@ class LoraFile:
     source: str = "the LoRA"  # what messages call it
 
 
+def lengths_over_base(fmt: Format) -> bool:
+    """Whether a format's lengths of DoRA are divided by the base weight's norms, as ComfyUI does.
+
+    Elsewhere they are divided by those of the base weight and the delta together.
+    """
+    return fmt == "comfy"
+
+
 @dataclass(frozen=True)
 class _Keys:
     down: str
     up: str
+    dora: str | None = None
 
 
 # --- reading ---
@@ -178,9 +203,10 @@ class LoraReader:
         """
         keys = self._keys[name]
         down, up = (_readable(self._file.read_one(k)) for k in (keys.down, keys.up))
-        if not (down.isfinite().all() and up.isfinite().all()):
+        lengths = _readable(self._file.read_one(keys.dora)).view(-1, 1) if keys.dora else None
+        if not all(t.isfinite().all() for t in (down, up, lengths) if t is not None):
             raise UserError(f"{self.path}: {name} holds NaN or infinity; the LoRA is broken")
-        return LoraModule(down, up, self.infos[name].alpha)
+        return LoraModule(down, up, self.infos[name].alpha, lengths)
 
     def read_all(self) -> LoraFile:
         return LoraFile({name: self.read(name) for name in self.infos}, self.metadata, self.format, str(self.path))
@@ -194,7 +220,7 @@ class LoraReader:
             match = _KEY.fullmatch(key)
             if match is None:
                 _check_other_key(key)
-                if not key.endswith(_ALPHA):
+                if not (key.endswith(_ALPHA) or _DORA_KEY.fullmatch(key)):
                     ignored.append(key)
                 continue
             role = "down" if match["down"] else "up"
@@ -209,7 +235,10 @@ class LoraReader:
         if ignored:
             logger.warning("%s: %d tensors are no part of a LoRA, such as %s", self.path, len(ignored), ignored[0])
         self.ignored = tuple(ignored)
-        return {name: _Keys(**roles) for name, roles in found.items()}
+        lengths = {canonical_name(m["module"]): m[0] for m in map(_DORA_KEY.fullmatch, keys) if m}
+        if stray := lengths.keys() - found.keys():
+            raise UserError(f"{lengths[stray.pop()]} belongs to no pair of factors; the file is incomplete")
+        return {name: _Keys(**roles, dora=lengths.get(name)) for name, roles in found.items()}
 
     def _check_pairs(self, found: Mapping[str, Mapping[str, str]], foreign: set[str], keys: list[str]) -> None:
         if not found and not foreign:
@@ -231,7 +260,11 @@ class LoraReader:
         if down.shape[0] == 0:
             raise UserError(f"{name} has rank 0")
         dtype = torch.promote_types(*(_read_dtype(info, name) for info in (down, up)))
-        return ModuleInfo(down.shape[0], down.shape[1], up.shape[0], dtype)
+        if keys.dora is not None:
+            shape = list(self._file.tensors[keys.dora].shape)
+            if shape not in ([up.shape[0], 1], [up.shape[0]]):
+                raise UserError(f"{keys.dora} is {shape}, expected {[up.shape[0], 1]}: one length for each output")
+        return ModuleInfo(down.shape[0], down.shape[1], up.shape[0], dtype, dora=keys.dora is not None)
 
     def _add_alphas(self) -> None:
         """Fill in alpha from the tensors, else from PEFT's configuration."""
@@ -266,6 +299,16 @@ def peft_config(path: Path, metadata: Mapping[str, str], fmt: Format) -> dict[st
     return {}
 
 
+def refuse_dora(readers: Iterable[LoraReader]) -> None:
+    """Raise UserError for a file with DoRA, which is more than a sum of products."""
+    for reader in readers:
+        if any(info.dora for info in reader.infos.values()):
+            raise UserError(
+                f"{reader.path}: DoRA cannot be merged here, since its lengths depend on the base weight; use the file "
+                "as it is, or in training --base_weights"
+            )
+
+
 def load_lora(path: str | os.PathLike[str]) -> LoraFile:
     """Read a LoRA file of any format.
 
@@ -279,7 +322,7 @@ def _check_other_key(key: str) -> None:
     """Complain about a key that changes the result but is not understood."""
     for pattern, kind in _UNSUPPORTED.items():
         if re.fullmatch(pattern, key):
-            raise UserError(f"{key}: a {kind} file; only plain LoRA (down/up pairs) is supported")
+            raise UserError(f"{key}: a {kind} file; only LoRA and DoRA (down/up pairs) are supported")
 
 
 def _read_dtype(info: TensorInfo, name: str) -> torch.dtype:
@@ -367,6 +410,8 @@ def write_lora(
         UserError: not finite.
     """
     flat = fmt in ("native", "musubi")
+    if fmt == "diffusers" and any(info.dora for info in infos.values()):
+        raise UserError("DoRA is saved in native or ComfyUI files; make others of those with ltx2_convert_lora.py")
     suffixes = ("lora_down", "lora_up") if flat else ("lora_A", "lora_B")
     specs, roles = [], {}
     for name, info in infos.items():
@@ -378,6 +423,9 @@ def write_lora(
         if flat or emit_alpha:
             specs.append(TensorSpec(spelled + _ALPHA, torch.float32, ()))
             roles[spelled + _ALPHA] = (name, "alpha")
+        if info.dora:  # as exact as alpha: rounded to half precision, lengths lose what was trained
+            specs.append(TensorSpec(spelled + _DORA, torch.float32, (info.out_features, 1)))
+            roles[spelled + _DORA] = (name, "dora_scale")
 
     current: dict[str, LoraModule] = {}  # the module at hand; both factors follow one another in the file
 
@@ -392,14 +440,15 @@ def write_lora(
             _check_finite(name, module, require_finite)
             current.clear()
             current[name] = module
-        return getattr(current[name], role)
+        tensor = getattr(current[name], role)
+        return tensor.float() if role == "dora_scale" else tensor
 
     kept = {k: v for k, v in metadata.items() if k != PEFT_METADATA}  # its alpha no longer holds
     return write_safetensors(path, specs, tensor, {"format": "pt", **kept}, check=check)
 
 
 def _check_finite(name: str, module: LoraModule, required: bool) -> None:
-    if module.down.isfinite().all() and module.up.isfinite().all():
+    if all(t.isfinite().all() for t in (module.down, module.up, module.dora_scale) if t is not None):
         return
     dtype = dtype_name(module.down.dtype)
     message = f"{name} holds NaN or infinity as {dtype}"

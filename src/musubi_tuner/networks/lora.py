@@ -7,12 +7,14 @@ them out of the model's parameters, of block swapping and of quantisation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .lora_product import Member, dense_products
 
 
 class Switch:
@@ -40,6 +42,9 @@ class LoRALinear(nn.Module):
         rank_dropout: probability of zeroing one of the r components for a whole sample.
         module_dropout: probability of leaving out the delta in a call.
     """
+
+    # Whether the output is the base's plus a product, which a dense base computes in one step.
+    additive = True
 
     def __init__(
         self,
@@ -76,6 +81,7 @@ class LoRALinear(nn.Module):
         """Take over ``base.forward``."""
         # Not through setattr: the base must not become a submodule of the network.
         self.__dict__["_base"] = base
+        self._is_dense = type(base) is nn.Linear and "forward" not in vars(base)
         self._base_forward = base.forward
         base.forward = self.forward
 
@@ -150,43 +156,88 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]: the base layer's output plus the delta."""
-        adds_start = self.start_down is not None and not self.switch.as_trained
-        if not (self.switch.on or adds_start):
-            return self._base_forward(x)
-        # In two dimensions a Linear's output is no view, so adding to it in place costs autograd nothing.
-        rows = x.reshape(-1, x.shape[-1])  # [M, K]
-        y = self._base_forward(rows)  # [M, N]
         if self.switch.on:
-            y = self._add_delta(rows, y, x.shape[0] if x.dim() > 1 else 1)
-        if adds_start:
-            hidden = F.linear(rows, self.start_down.to(x.dtype)) * self.start_scale
-            y = _add_product(y, hidden.to(y.dtype), self.start_up.to(y.dtype))
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+            return adapt_together([self], x)[0]
+        if not self._adds_start:
+            return self._base_forward(x)
+        rows = x.reshape(-1, x.shape[-1])
+        return _in_shape_of(self._add_start(rows, self._base_forward(rows)), x)
 
-    def _add_delta(self, rows: Tensor, y: Tensor, num_samples: int) -> Tensor:
-        hidden = F.linear(rows, self.lora_down.weight.to(rows.dtype)) * self.scale  # [M, r]
-        if self.training:
-            hidden = self._drop(hidden, num_samples)
-        return _add_product(y, hidden.to(y.dtype), self.lora_up.weight.to(y.dtype))
+    @property
+    def _adds_start(self) -> bool:
+        return self.start_down is not None and not self.switch.as_trained
 
-    def _drop(self, hidden: Tensor, num_samples: int) -> Tensor:
-        """Training-time dropout of the r-wide activation [M, r]."""
+    def takes_product(self, rows: Tensor) -> bool:
+        """Whether :func:`dense_products` computes this layer: the base is dense, of the activations' dtype."""
+        return self.additive and self._is_dense and not self._adds_start and self._base.weight.dtype == rows.dtype
+
+    def as_member(self, rows: Tensor, num_samples: int) -> Member:
+        """What :func:`dense_products` needs to know of this layer."""
+        base, scale = self._base, self.multiplier * self.alpha_value / self.rank
+        mask = self._mask(rows, num_samples) if self.training else None
+        return Member(base.weight, base.bias, self.lora_up.weight.to(rows.dtype), scale, mask)
+
+    def add_delta(self, rows: Tensor, hidden: Tensor, num_samples: int) -> Tensor:
+        """The layer's output [M, N] from its input [M, K] and ``down(x)`` [M, r]."""
+        y = self._base_forward(rows)
+        y = add_product(y, self._scaled(hidden, num_samples).to(y.dtype), self.lora_up.weight.to(y.dtype))
+        return self._add_start(rows, y) if self._adds_start else y
+
+    def _add_start(self, rows: Tensor, y: Tensor) -> Tensor:
+        hidden = F.linear(rows, self.start_down.to(rows.dtype)) * self.start_scale
+        return add_product(y, hidden.to(y.dtype), self.start_up.to(y.dtype))
+
+    def _scaled(self, hidden: Tensor, num_samples: int) -> Tensor:
+        hidden = hidden * self.scale
+        mask = self._mask(hidden, num_samples) if self.training else None
+        return hidden if mask is None else hidden * mask
+
+    def _mask(self, like: Tensor, num_samples: int) -> Tensor | None:
+        """Training-time dropout of the r-wide activation [M, r]: factors of its dtype, None for none."""
+        options, mask = {"dtype": like.dtype, "device": like.device}, None
         if self.dropout:
-            hidden = F.dropout(hidden, self.dropout)
+            mask = F.dropout(torch.ones(like.shape[0], self.rank, **options), self.dropout)
         if self.rank_dropout:
-            keep = torch.rand(num_samples, 1, self.rank, device=hidden.device) >= self.rank_dropout
-            keep = keep.to(hidden.dtype) / (1 - self.rank_dropout)
-            hidden = (hidden.view(num_samples, -1, self.rank) * keep).view_as(hidden)
+            keep = torch.rand(num_samples, 1, self.rank, device=like.device) >= self.rank_dropout
+            keep = keep.to(like.dtype) / (1 - self.rank_dropout)
+            keep = keep.expand(-1, like.shape[0] // max(num_samples, 1), -1).reshape(-1, self.rank)
+            mask = keep if mask is None else mask * keep
         if self.module_dropout:
             # Multiplied rather than skipped: a branch on a random number would break a compiled block.
-            hidden = hidden * (torch.rand((), device=hidden.device) >= self.module_dropout)
-        return hidden
+            keep = (torch.rand((), device=like.device) >= self.module_dropout).to(like.dtype)
+            mask = keep.expand(like.shape[0], self.rank) if mask is None else mask * keep
+        return mask
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha_value:g}"
 
 
-def _add_product(y: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+def adapt_together(modules: Sequence[LoRALinear], x: Tensor) -> list[Tensor]:
+    """Outputs [..., N] of layers that read the same ``x`` [..., K]: one product with all the down factors."""
+    # In two dimensions a Linear's output is no view, so adding to it in place costs autograd nothing.
+    rows = x.reshape(-1, x.shape[-1])  # [M, K]
+    num_samples = x.shape[0] if x.dim() > 1 else 1
+    downs = [m.lora_down.weight for m in modules]
+    down = (downs[0] if len(downs) == 1 else torch.cat(downs)).to(rows.dtype)  # [sum of r, K]
+    if _eager(rows.device.type) and all(m.takes_product(rows) for m in modules):
+        outputs = dense_products(rows, down, [m.as_member(rows, num_samples) for m in modules])
+    else:
+        parts = F.linear(rows, down).split([m.rank for m in modules], dim=1)
+        outputs = [m.add_delta(rows, part, num_samples) for m, part in zip(modules, parts, strict=True)]
+    return [_in_shape_of(y, x) for y in outputs]
+
+
+def _in_shape_of(y: Tensor, x: Tensor) -> Tensor:
+    """[M, N] with the leading dimensions of ``x``."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _eager(device: str) -> bool:
+    """Neither a compiler, which fuses by itself, nor autocast, whose casts the backward pass has to know of."""
+    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device)
+
+
+def add_product(y: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     """``y + hidden @ up.T``, in place where that is safe: one pass over y and one rounding of the sum."""
     # A view made inside an autograd Function (of a quantised layer) may not be changed in place; a compiler
     # fuses the sum by itself.

@@ -5,28 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from musubi_tuner.common.errors import UserError
 
-from .formats import Format, LoraFile, LoraModule, load_lora, save_lora
+from .dora import DoRALinear
+from .formats import Format, LoraFile, LoraModule, lengths_over_base, load_lora, save_lora
 from .lora import LoRALinear, Switch
 from .max_norm import limit_norms
+from .module_options import ModuleOptions, check_patterns, dropouts, module_options
 from .names import NATIVE_PREFIX, flat_name, in_transformer
-from .network_args import NetworkArgs, parse_network_args, probability
-from .targets import compile_patterns, linear_names, longest_match, modality_of, select_targets
+from .network_args import NetworkArgs, parse_network_args
+from .shared_input import SharedProjections, share_inputs
+from .targets import linear_names, modality_of, select_targets
 from .verdict import Verdict, check_file, measure
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_DIM = 4
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,14 @@ class ModalityCount:
 class _Trained(Mapping[str, LoraModule]):
     """Canonical names to what training has changed, made one at a time when it is asked for."""
 
-    def __init__(self, modules: Mapping[str, LoRALinear]) -> None:
+    def __init__(self, modules: Mapping[str, LoRALinear], fmt: Format) -> None:
         self._modules = modules
+        self._over_base = lengths_over_base(fmt)
 
     def __getitem__(self, name: str) -> LoraModule:
-        return LoraModule(*self._modules[name].trained_factors())
+        module = self._modules[name]
+        lengths = module.lengths(over_base=self._over_base) if isinstance(module, DoRALinear) else None
+        return LoraModule(*module.trained_factors(), lengths)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
@@ -84,6 +87,7 @@ class LoRANetwork(nn.Module):
         self.args = args or NetworkArgs()
         self._switch = switch
         self._multiplier = 1.0
+        self._shared: list[SharedProjections] = []
         for name, module in modules.items():
             self.add_module(NATIVE_PREFIX + flat_name(name), module)
 
@@ -94,11 +98,15 @@ class LoRANetwork(nn.Module):
         transformer.requires_grad_(False)
         for name, module in self.modules_by_name.items():
             module.attach(transformer.get_submodule(name))
+        self._shared = share_inputs(transformer, self.modules_by_name)
 
     def detach(self) -> None:
         """Undo :meth:`apply_to`."""
         for module in self.modules_by_name.values():
             module.detach()
+        for projections in self._shared:
+            projections.detach()
+        self._shared = []
 
     # --- strength ---
 
@@ -154,6 +162,8 @@ class LoRANetwork(nn.Module):
                 module.lora_down.weight.copy_(given.down)
                 module.lora_up.weight.copy_(given.up)
                 module.set_alpha(given.alpha or given.info.rank)
+                if isinstance(module, DoRALinear):
+                    module.set_lengths(given.dora_scale, over_base=lengths_over_base(lora.format))
         if report.missing or report.unexpected:
             logger.warning("%s: %s", lora.source, report)
         return report
@@ -174,12 +184,12 @@ class LoRANetwork(nn.Module):
             _check_sizes(name, own[name], given[name], source)
         return report
 
-    def as_lora_file(self, metadata: Mapping[str, str] | None = None) -> LoraFile:
-        """What the network adds to the original base, under canonical names.
+    def as_lora_file(self, metadata: Mapping[str, str] | None = None, fmt: Format = "native") -> LoraFile:
+        """What the network adds to the original base, under canonical names, with the lengths of DoRA as in ``fmt``.
 
         These are its current weights (no copies), less the start where it began at one.
         """
-        return LoraFile(_Trained(self.modules_by_name), dict(metadata or {}))
+        return LoraFile(_Trained(self.modules_by_name, fmt), dict(metadata or {}), fmt)
 
     def save_weights(
         self,
@@ -190,7 +200,7 @@ class LoRANetwork(nn.Module):
         fmt: Format = "native",
     ) -> Path:
         """Write a LoRA file with hashes, whole or not at all; ``dtype`` None keeps float32."""
-        return save_lora(self.as_lora_file(metadata), path, fmt, dtype=dtype, require_finite=False)
+        return save_lora(self.as_lora_file(metadata, fmt), path, fmt, dtype=dtype, require_finite=False)
 
     def verdict(self) -> Verdict:
         """What the weights, which have to be finite, change."""
@@ -210,7 +220,7 @@ class LoRANetwork(nn.Module):
         Raises:
             UserError: it does not hold what the network does, or a value is not finite.
         """
-        lora = self.as_lora_file(metadata)
+        lora = self.as_lora_file(metadata, fmt)
         return save_lora(lora, path, fmt, dtype=dtype, check=lambda written: check_file(written, lora, verdict))
 
     def metadata(self) -> dict[str, str]:
@@ -272,32 +282,40 @@ def create_network(
         UserError: a bad argument, or nothing to adapt.
     """
     args = parse_network_args(network_args)
-    names = select_targets(transformer, args.lora_target_preset, args.include_patterns, args.exclude_patterns)
-    if not names:
-        total = len(linear_names(transformer))
-        raise UserError(f"the LoRA targets match none of the {total} linear layers of the transformer; "
-                        "check --lora_target_preset and include_patterns, exclude_patterns")  # fmt: skip
+    names = _chosen(linear_names(transformer), args)
     _notice_gates(names, args)
-    rank_of = _chooser(args.rank_pattern, args.audio_dim, _checked_dim(network_dim), "rank_pattern")
-    alpha_of = _chooser(args.alpha_pattern, args.audio_alpha, network_alpha or 0.0, "alpha_pattern")
+    options = module_options(args, network_dim, network_alpha, dropout)
     switch = Switch()
-    modules = {
-        name: LoRALinear(
-            transformer.get_submodule(name),
-            rank_of(name),
-            alpha_of(name),
-            dropout=_dropout(dropout),
-            rank_dropout=args.rank_dropout,
-            module_dropout=args.module_dropout,
-            switch=switch,
-        )
-        for name in names
-    }
+    modules = {name: options.make(name, transformer.get_submodule(name), switch) for name in names}
     network = LoRANetwork(modules, switch, args)
     network.multiplier = multiplier
     if args.verbose:
         logger.info("\n".join(f"{n}: rank {m.rank}, alpha {m.alpha_value:g}" for n, m in modules.items()))
     return network
+
+
+def check_arguments(
+    linears: Sequence[str],
+    network_dim: int | None,
+    network_alpha: float | None,
+    *,
+    dropout: float | None = None,
+    **network_args: object,
+) -> None:
+    """Raise UserError where :func:`create_network` would, knowing only the dotted paths of the model's Linears."""
+    args = parse_network_args(network_args)
+    names = _chosen(linears, args, quiet=True)  # creating the network will warn
+    module_options(args, network_dim, network_alpha, dropout).make(names[0], nn.Linear(1, 1, device="meta"), Switch())
+
+
+def _chosen(linears: Sequence[str], args: NetworkArgs, *, quiet: bool = False) -> list[str]:
+    patterns = args.include_patterns, args.exclude_patterns
+    names = select_targets(linears, args.lora_target_preset, *patterns, quiet=quiet)
+    if not names:
+        raise UserError(f"the LoRA targets match none of the {len(linears)} linear layers of the transformer; "
+                        "check --lora_target_preset and include_patterns, exclude_patterns")  # fmt: skip
+    check_patterns(args, names)
+    return names
 
 
 def planned_ranks(
@@ -310,7 +328,7 @@ def planned_ranks(
     """
     args = parse_network_args(network_args)
     targets = select_targets(names, args.lora_target_preset, args.include_patterns, args.exclude_patterns, quiet=True)
-    rank_of = _chooser(args.rank_pattern, args.audio_dim, _checked_dim(network_dim), "rank_pattern")
+    rank_of = module_options(args, network_dim, None, None).rank_of
     return {name: rank_of(name) for name in targets}
 
 
@@ -320,15 +338,19 @@ def create_network_from_weights(
     transformer: nn.Module,
     *,
     dropout: float | None = None,
+    **network_args: object,
 ) -> LoRANetwork:
     """Make a network with exactly the modules, ranks, alphas and weights of a LoRA file (not yet applied).
 
     Audio-branch and connector modules that ``transformer`` lacks are left out with a warning.
 
+    Args:
+        network_args: as for :func:`create_network`, but only those that do not choose modules or ranks.
+
     Raises:
-        UserError: the file is no LTX-2 LoRA or does not fit the transformer.
+        UserError: the file is no LTX-2 LoRA or does not fit the transformer, or an argument has no place here.
     """
-    lora = _read(file)
+    lora, args = _read(file), _without_choices(network_args)
     available = {n: m for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
     absent = absent_modules(lora.modules, available, lora.source)
     if absent:
@@ -336,16 +358,40 @@ def create_network_from_weights(
             "%s: %d of %d modules are left out, since the mode builds no such part of the transformer (such as %s)",
             *(lora.source, len(absent), len(lora.modules), absent[0]),
         )
-    switch, dropout = Switch(), _dropout(dropout)
-    modules = {
-        name: LoRALinear(available[name], m.info.rank, m.alpha or 0.0, dropout=dropout, switch=switch)
-        for name, m in lora.modules.items()
-        if name in available
-    }
-    network = LoRANetwork(modules, switch)
-    network.load_weights(replace(lora, modules={n: lora.modules[n] for n in modules}))
+    given = {name: module for name, module in lora.modules.items() if name in available}
+    options = ModuleOptions(
+        rank_of=lambda name: given[name].info.rank,
+        alpha_of=lambda name: given[name].alpha or 0.0,
+        dora=lambda name: given[name].dora_scale is not None,
+        options=dropouts(args, dropout),
+    )
+    switch = Switch()
+    network = LoRANetwork({name: options.make(name, available[name], switch) for name in given}, switch, args)
+    network.load_weights(replace(lora, modules=given))
     network.multiplier = multiplier
     return network
+
+
+def check_file_arguments(options: Mapping[str, object]) -> None:
+    """Raise UserError for keywords that :func:`create_network_from_weights` does not take."""
+    _without_choices({k: v for k, v in options.items() if k != "dropout"})
+
+
+def _without_choices(network_args: Mapping[str, object]) -> NetworkArgs:
+    """Arguments of a network whose modules a file chooses.
+
+    Raises:
+        UserError: one would choose them.
+    """
+    args = parse_network_args(network_args)
+    kept = ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "conv_dim", "conv_alpha", "verbose")
+    wrong = [k for k, v in vars(args).items() if v != getattr(NetworkArgs(), k) and k not in kept]
+    if wrong:
+        raise UserError(
+            f"--network_args {', '.join(wrong)}: modules, ranks and alphas are those of the file "
+            "(--dim_from_weights); leave it out"
+        )
+    return args
 
 
 def absent_modules(names: Collection[str], available: Container[str], source: str) -> list[str]:
@@ -363,32 +409,6 @@ def absent_modules(names: Collection[str], available: Container[str], source: st
             f"such as {(wrong or absent)[0]}; {reason}"
         )
     return absent
-
-
-def _chooser(patterns: Mapping[str, Any], audio: Any, default: Any, source: str) -> Callable[[str], Any]:
-    """A module's value: of the longest pattern found in its path, else the audio one, else the common one."""
-    compiled = compile_patterns(patterns, source)
-
-    def choose(name: str) -> Any:
-        pattern = longest_match(compiled, name)
-        if pattern is not None:
-            return patterns[pattern]
-        return audio if audio is not None and "audio_" in name else default
-
-    return choose
-
-
-def _checked_dim(dim: int | None) -> int:
-    if dim is not None and dim < 1:
-        raise UserError(f"--network_dim {dim}: expected at least 1")
-    return dim or DEFAULT_DIM
-
-
-def _dropout(value: float | None) -> float:
-    try:
-        return probability(value or 0.0)
-    except ValueError as error:
-        raise UserError(f"--network_dropout {value}: {error}") from None
 
 
 def _notice_gates(names: list[str], args: NetworkArgs) -> None:
@@ -412,6 +432,11 @@ def _check_sizes(name: str, module: LoRALinear, given: LoraModule, source: str) 
         raise UserError(
             f"{source}: {name} is made for a layer of {have.in_features} -> {have.out_features} features, "
             f"the model's has {sizes[0]} -> {sizes[1]}; it is a LoRA of another model"
+        )
+    if have.dora != isinstance(want, DoRALinear):
+        raise UserError(
+            f"{source}: {name} is {'a DoRA' if have.dora else 'no DoRA'} module, that of the network is"
+            f"{' not' if have.dora else ''}; use --network_args use_dora={have.dora}"
         )
     if have.rank != want.rank:
         raise UserError(

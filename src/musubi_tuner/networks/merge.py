@@ -23,7 +23,7 @@ from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
 
-from .formats import Format, LoraModule, LoraReader, ModuleInfo, write_lora
+from .formats import Format, LoraModule, LoraReader, ModuleInfo, refuse_dora, write_lora
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +163,7 @@ def merge_loras(
     multipliers = broadcast_multipliers(multipliers, len(paths))
     _check_paths(paths, output)
     readers = [LoraReader(p) for p in paths]
+    refuse_dora(readers)
     used = [(r, m) for r, m in zip(readers, multipliers, strict=True) if m != 0]
     if not used:
         raise UserError("--lora_multiplier: all are 0; there is nothing to merge")

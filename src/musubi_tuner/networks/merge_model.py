@@ -26,7 +26,7 @@ from musubi_tuner.quantization.fp8 import FP8_DTYPES, dequantize_fp8, quantize_f
 from musubi_tuner.quantization.rows import row_chunks
 
 from .base_weights import BaseWeights
-from .formats import LoraReader
+from .formats import LoraReader, refuse_dora
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ def merge_into_model(
         UserError: a LoRA has a module without its weight, or a value is not finite. No file is written then.
     """
     base = BaseWeights(base_path)
+    refuse_dora(reader for reader, _ in loras)
     for reader, _ in loras:
         base.require([(n, (i.out_features, i.in_features)) for n, i in reader.infos.items()], str(reader.path))
     used = [(reader, m) for reader, m in loras if m != 0]

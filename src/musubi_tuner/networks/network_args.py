@@ -26,6 +26,8 @@ class NetworkArgs:
     audio_alpha: float | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)  # regex of the dotted path -> rank; longest wins
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False  # the scale is alpha / sqrt(r)
+    use_dora: bool = False
     loraplus_lr_ratio: float | None = None
     conv_dim: int | None = None  # of other networks; LTX-2's blocks hold no convolution
     conv_alpha: float | None = None
@@ -97,6 +99,8 @@ _READERS: dict[str, Callable[[object], Any]] = {
     "audio_alpha": float,
     "rank_pattern": _table(_at_least_one),
     "alpha_pattern": _table(float),
+    "use_rslora": _boolean,
+    "use_dora": _boolean,
     "loraplus_lr_ratio": _positive,
     "conv_dim": int,
     "conv_alpha": float,

@@ -26,6 +26,7 @@ from musubi_tuner.models.checkpoint import Checkpoint, Component
 from musubi_tuner.models.ltx2.config import Mode, TransformerConfig
 from musubi_tuner.models.ltx2.load import transformer_config
 from musubi_tuner.models.ltx2.quantize import Quantization
+from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
 
 from .compute import Compute
@@ -166,8 +167,15 @@ def memory_outlook(
     return MemoryOutlook(request, estimate(request), _limits(config, compute.device), bases, compute.device)
 
 
+def _ranks(config: TrainNetworkConfig, names: list[str]) -> dict[str, int]:
+    network = config.network
+    if network.dim_from_weights:
+        return {name: info.rank for name, info in LoraReader(network.network_weights).infos.items() if name in names}
+    return planned_ranks(names, network.network_dim, network_options(config))
+
+
 def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerConfig, numbers: Numbers) -> Trained:
-    ranks, params = by_block(planned_ranks(names, config.network.network_dim, network_options(config)), model)
+    ranks, params = by_block(_ranks(config, names), model)
     options = parse_key_values(config.optimizer.optimizer_args, "--optimizer_args")
     state = optimizer_state_bytes(
         optimizer_class(config.optimizer.optimizer_type).__name__,

@@ -74,6 +74,7 @@ def _full(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:
         "gradient_checkpointing": config.memory.settings.checkpointing,
         "gradient_checkpointing_cpu_offload": config.memory.settings.offload_inputs,
         "network_dropout": config.network.network_dropout,
+        **base_weights_facts(config),
         "mixed_precision": facts.mixed_precision,
         "full_fp16": config.precision.full_fp16,
         "full_bf16": config.precision.full_bf16,
@@ -107,6 +108,15 @@ def _full(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:
         "vae_name": config.checkpoint.ltx2_checkpoint.name if config.checkpoint.ltx2_checkpoint else None,
     }
     return {f"ss_{k}": v for k, v in values.items()}
+
+
+def base_weights_facts(config: TrainNetworkConfig) -> dict[str, str]:
+    """What was merged into the base model, where anything was: the LoRA belongs to that model."""
+    network = config.network
+    if not network.base_weights:
+        return {}
+    names, multipliers = [path.name for path in network.base_weights], list(network.base_weights_multiplier)
+    return {"base_weights": json.dumps(names), "base_weights_multiplier": json.dumps(multipliers)}
 
 
 def _references(config: TrainNetworkConfig) -> Mapping[str, Any]:

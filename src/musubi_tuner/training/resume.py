@@ -80,6 +80,16 @@ def find_resumed(config: TrainNetworkConfig) -> Resumed | None:
     return Resumed(folder, progress, settings, optimizer)
 
 
+def _base_weights(config: TrainNetworkConfig) -> list[Any] | None:
+    """Names and strengths of what was merged into the base model, ``None`` (as in earlier states) for nothing."""
+    network = config.network
+    return (
+        [[p.name for p in network.base_weights], list(network.base_weights_multiplier)]
+        if network.base_weights
+        else None
+    )
+
+
 def resume_settings(config: TrainNetworkConfig, loop: LoopSettings) -> dict[str, Any]:
     """What must not change between saving and resuming."""
     optimizer = optimizer_class(config.optimizer.optimizer_type)
@@ -90,6 +100,7 @@ def resume_settings(config: TrainNetworkConfig, loop: LoopSettings) -> dict[str,
         "gradient_accumulation_steps": loop.accumulation,
         "network_module": config.network.network_module,
         "processes": loop.world_size,
+        "base_weights": _base_weights(config),
         **_base(config),
     }
 

@@ -17,6 +17,7 @@ from musubi_tuner.config.rules_training import mode_fits
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.load import Edits
 from musubi_tuner.models.ltx2.quantize import Quantization, check_quantization
 
 from .compute import Compute, make_compute
@@ -25,7 +26,7 @@ from .optimization import check_fused_backward
 from .previews import wants_previews
 from .references import check_references
 from .resume import Resumed, find_resumed
-from .setup import check_choices
+from .setup import check_choices, check_model
 from .state import Progress
 from .version import resolve_version
 
@@ -43,6 +44,7 @@ class CheckedRun:
     datasets: DatasetConfig
     compute: Compute
     quantization: Quantization | None
+    edits: Edits  # of --base_weights
     loftq: LoftQRequest | None
     resumed: Resumed | None
     progress: Progress  # where the run starts; the loop moves it
@@ -65,7 +67,7 @@ def check_run(config: TrainNetworkConfig, explicit: frozenset[str]) -> CheckedRu
     check_references(config, datasets)
     resumed = find_resumed(config)
     compute = make_compute(config)
-    quantization, loftq = _checked_base(config, explicit, checkpoint, compute)
+    quantization, edits, loftq = _checked_base(config, explicit, checkpoint, compute)
     return CheckedRun(
         config=config,
         explicit=explicit,
@@ -74,6 +76,7 @@ def check_run(config: TrainNetworkConfig, explicit: frozenset[str]) -> CheckedRu
         datasets=datasets,
         compute=compute,
         quantization=quantization,
+        edits=edits,
         loftq=loftq,
         resumed=resumed,
         progress=resumed.progress if resumed else Progress(seed=_seed(config)),
@@ -99,17 +102,18 @@ def warn_of_defaults(checked: CheckedRun) -> None:
 
 def _checked_base(
     config: TrainNetworkConfig, explicit: frozenset[str], checkpoint: Checkpoint, compute: Compute
-) -> tuple[Quantization | None, LoftQRequest | None]:
+) -> tuple[Quantization | None, Edits, LoftQRequest | None]:
     """How the base weights are to be held."""
     world_size = compute.accelerator.num_processes
     check_fused_backward(config.optimizer, compute.mixed_precision, world_size, compute.device)
     quantization = quantization_settings(config.quantization, compute.device, config.calibration)
     check_quantization(checkpoint, quantization)
+    edits = check_model(config, checkpoint)
     loftq = loftq_request(
         config.calibration, config.network.network_dim, checkpoint, iterations_given="loftq_iters" in explicit
     )
     check_memory(config.memory.settings, checkpoint, device=compute.device, dtype=compute.dtype)
-    return quantization, loftq
+    return quantization, edits, loftq
 
 
 def _seed(config: TrainNetworkConfig) -> int:

@@ -142,4 +142,4 @@ def _loaded(checked: CheckedRun, data: RunData, task: TaskSettings) -> tuple[LTX
         quantization = calibrated(
             config, checkpoint, checked.quantization, data.loader.plan, task, streams_built(config)
         )
-        return load_model(config, checkpoint, checked.compute, task.seed, quantization, checked.loftq)
+        return load_model(config, checkpoint, checked.compute, task.seed, quantization, checked.edits, checked.loftq)

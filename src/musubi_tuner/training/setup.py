@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,11 +26,14 @@ from musubi_tuner.diffusion.level_pool import LevelPool
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_logit_mode
 from musubi_tuner.memory.compilation import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.load import Edits, check_editable, transformer_shapes
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.formats import LoraReader
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork
-from musubi_tuner.networks.resolve import resolve_network_module
+from musubi_tuner.networks.lora_ltx2 import LoRANetwork, check_arguments, check_file_arguments
+from musubi_tuner.networks.merge_on_load import open_base_weights, weight_edits
+from musubi_tuner.networks.network_args import parse_network_args
+from musubi_tuner.networks.resolve import BUILT_IN, resolve_network_module
 
 from .audio_watch import AudioWatch
 from .compute import Compute
@@ -56,6 +60,39 @@ def network_options(config: TrainNetworkConfig) -> dict[str, str]:
     return options
 
 
+def file_options(config: TrainNetworkConfig) -> dict[str, Any]:
+    """Options of a network whose modules are those of a file."""
+    options = {k: v for k, v in network_options(config).items() if k != "lora_target_preset"}
+    return {"dropout": config.network.network_dropout, **options}
+
+
+def check_model(config: TrainNetworkConfig, checkpoint: Checkpoint) -> Edits:
+    """What ``--base_weights`` makes of the weights; says before they are loaded what does not fit them.
+
+    Raises:
+        UserError: network options or files of ``--base_weights`` that do not fit the checkpoint.
+    """
+    settings = config.network
+    shapes = transformer_shapes(checkpoint, streams_built(config))
+    if settings.dim_from_weights:
+        if settings.network_dim is not None:
+            logger.warning("--network_dim has no effect: --dim_from_weights takes the ranks of --network_weights")
+    elif settings.network_module in BUILT_IN:
+        linears = [
+            n.removesuffix(".weight") for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 2
+        ]
+        check_arguments(
+            linears,
+            settings.network_dim,
+            settings.network_alpha,
+            dropout=settings.network_dropout,
+            **network_options(config),
+        )
+    if settings.base_weights:
+        check_editable(checkpoint)
+    return weight_edits(open_base_weights(settings.base_weights, settings.base_weights_multiplier), shapes)
+
+
 def streams_built(config: TrainNetworkConfig) -> Mode:
     """Which modules of the transformer a run has: ``video``, ``av`` or ``audio``."""
     mode = config.checkpoint.ltx2_mode
@@ -68,12 +105,16 @@ def load_model(
     compute: Compute,
     seed: int,
     quantization: Quantization | None,
+    edits: Edits,
     loftq: LoftQRequest | None = None,
 ) -> tuple[LTX2Transformer, LoRANetwork]:
     settings = config.network
     module = resolve_network_module(settings.network_module)
 
     def make(transformer: LTX2Transformer) -> LoRANetwork:
+        if settings.dim_from_weights:
+            options = file_options(config)
+            return module.create_network_from_weights(1.0, settings.network_weights, transformer, **options)
         return module.create_network(
             1.0,
             settings.network_dim,
@@ -96,12 +137,13 @@ def load_model(
         dtype=compute.dtype,
         device=compute.device,
         quantization=quantization,
+        edits=edits,
         network=make,
         compilation=config.compilation.settings,
         memory=config.memory.settings,
         loftq=loftq,
     )
-    if settings.network_weights is not None:
+    if settings.network_weights is not None and not settings.dim_from_weights:
         network.load_weights(settings.network_weights)
     if config.precision.full_fp16 or config.precision.full_bf16:
         network.to(dtype=compute.dtype)
@@ -210,6 +252,17 @@ def check_choices(config: TrainNetworkConfig) -> None:
     check_trackers(config.tracking)
     if config.compilation.settings is not None:
         check_backend(config.compilation.settings)
-    check_optimizer(config.optimizer, config.network, network_options(config).get("loraplus_lr_ratio"))
+    options = network_options(config)
+    check_optimizer(config.optimizer, config.network, options.get("loraplus_lr_ratio"))
+    if config.network.network_module in BUILT_IN:
+        args = parse_network_args(options)
+        if args.use_dora and config.calibration.loftq_init:
+            raise UserError(
+                "--loftq_init and --network_args use_dora exclude each other: the lengths of DoRA are those of the "
+                "quantised weights; leave one out"
+            )
+        if config.network.dim_from_weights:
+            check_file_arguments(file_options(config))
     if config.network.network_weights is not None:
         LoraReader(config.network.network_weights)  # says what is wrong with the file
+    open_base_weights(config.network.base_weights, config.network.base_weights_multiplier)

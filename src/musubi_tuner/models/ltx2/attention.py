@@ -61,9 +61,10 @@ class Attention(nn.Module):
                 (spatio-temporal guidance, arXiv 2411.18664). Only for self-attention.
         """
         context = x if context is None else context
-        q = self.q_norm(self.to_q(x)).unflatten(-1, (self.heads, -1))  # [B, Nq, H, head_dim]
-        k = self.k_norm(self.to_k(context)).unflatten(-1, (self.heads, -1))
-        v = self.to_v(context).unflatten(-1, (self.heads, -1))
+        q, k, v = self.project(x, context)
+        q = self.q_norm(q).unflatten(-1, (self.heads, -1))  # [B, Nq, H, head_dim]
+        k = self.k_norm(k).unflatten(-1, (self.heads, -1))
+        v = v.unflatten(-1, (self.heads, -1))
         if rope is not None:
             q = apply_rope(q, rope)
             k = apply_rope(k, rope if context_rope is None else context_rope)
@@ -73,6 +74,10 @@ class Attention(nn.Module):
         if self.to_gate_logits is not None:
             out = out * (2 * torch.sigmoid(self.to_gate_logits(x))).unsqueeze(-1)
         return self.to_out[0](out.flatten(2))
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of ``x``, keys and values of ``context``; may be replaced from outside, as the layers may."""
+        return self.to_q(x), self.to_k(context), self.to_v(context)
 
 
 @contextmanager

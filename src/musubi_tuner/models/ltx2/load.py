@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import bytes_progress
+from musubi_tuner.quantization.fp8 import quantize_fp8
 from musubi_tuner.quantization.linear import pack_linear
 from musubi_tuner.quantization.nf4 import find_kernel
 from musubi_tuner.quantization.packed import Packed, dequantize
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 _LISTED = 5
 
+# What becomes of a weight [N, K], by the parameter's name; dtype and device stay.
+Edits = Mapping[str, Callable[[Tensor], Tensor]]
+
 
 def build_transformer(config: TransformerConfig, mode: Mode) -> LTX2Transformer:
     """The transformer without memory behind its parameters (device ``meta``), none of them trainable."""
@@ -54,6 +58,13 @@ def _shapes(checkpoint: Checkpoint, stored: Stored) -> dict[str, tuple[int, ...]
     return {key: shapes.get(key, tuple(info.shape)) for key, info in checkpoint.tensors.items()}
 
 
+def transformer_shapes(checkpoint: Checkpoint, mode: Mode) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that a mode loads, by name, from the header alone."""
+    stored = stored_transformer(checkpoint)
+    shapes, keys = _shapes(checkpoint, stored), transformer_keys(checkpoint.tensors)
+    return {n: shapes[key] for n, key in keys.items() if in_mode(n, mode) and n not in stored.companions}
+
+
 def load_transformer(
     checkpoint: Checkpoint,
     *,
@@ -63,16 +74,18 @@ def load_transformer(
     quantization: Quantization | None = None,
     host_blocks: Collection[int] = (),
     quantize: Quantize = quantize_plainly,
+    edits: Edits | None = None,
 ) -> LTX2Transformer:
     """Load the frozen transformer, or the stream of it that ``mode`` asks for, to ``device``.
 
     Only that stream's tensors are read, in the order of the file, each straight to its place: host memory
     holds little more than what stays there, which are the blocks at the positions ``host_blocks``. With
-    ``quantization`` each weight is quantised before the next is read, by ``quantize``.
+    ``quantization`` each weight is quantised before the next is read, by ``quantize``. ``edits`` change weights before
+    that; FP8 weights of the file are made dense for it, and FP8 again.
 
     Raises:
         UserError: before anything is read, when the tensors are not exactly those of the configuration, or are
-            quantised in another way than asked for.
+            quantised in another way than asked for, or are to be edited and NF4 already.
     """
     stored = check_quantization(checkpoint, quantization)
     keys = transformer_keys(checkpoint.tensors)
@@ -85,10 +98,21 @@ def load_transformer(
 
     infos = {name: checkpoint.tensors[key] for name, key in parameters.items()}
     plan = plan_weights(stored, infos, quantization, checkpoint.path.name)
+    edits = edits or {}
+    if edits:
+        check_editable(checkpoint)
     if torch.device(device).type == "cuda" and quantization is not None and quantization.kind == "nf4":
         find_kernel()
     tensors = _read(
-        checkpoint, keys, parameters, plan, dtype=dtype, device=device, quantization=quantization, quantize=quantize
+        checkpoint,
+        keys,
+        parameters,
+        plan,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        quantize=quantize,
+        edits=edits,
     )
     sizes = {name: info.nbytes for name, info in infos.items()}
     on_host = tuple(f"transformer_blocks.{position}." for position in host_blocks)
@@ -103,6 +127,15 @@ def load_transformer(
     return model
 
 
+def check_editable(checkpoint: Checkpoint) -> None:
+    """Raise UserError for a checkpoint whose weights cannot be changed while they are loaded."""
+    if stored_transformer(checkpoint).kind == "nf4":
+        raise UserError(
+            f"{checkpoint.path}: --base_weights cannot be merged into NF4 weights, where small changes are rounded "
+            "away; use the original file with --nf4_base, which merges first"
+        )
+
+
 def _read(
     checkpoint: Checkpoint,
     keys: dict[str, str],
@@ -113,6 +146,7 @@ def _read(
     device: torch.device | str,
     quantization: Quantization | None,
     quantize: Quantize,
+    edits: Edits,
 ) -> Iterator[tuple[str, Tensor | Packed]]:
     """Every parameter of the model by name: dense in ``dtype`` or packed, on ``device``."""
     names = {key: name for name, key in parameters.items()}
@@ -122,7 +156,8 @@ def _read(
             yield names[key], tensor
 
     packed = plan.kept | plan.expanded
-    yield from read((n for n in parameters if n not in packed | plan.quantised), dtype=dtype)
+    for name, weight in read((n for n in parameters if n not in packed | plan.quantised), dtype=dtype):
+        yield name, _edited(name, weight, edits)
 
     # Scales are a tenth of the weights at most, and stay on the device with them.
     scale_keys = {keys[scale]: name for name, scale in plan.stored.scales.items() if scale and name in parameters}
@@ -134,15 +169,26 @@ def _read(
     for name, weight in read(n for n in parameters if n in packed):
         scale = scales.pop(name, None)
         if name not in plan.kept:
-            yield name, _expanded(weight, scale, dtype)
+            yield name, _edited(name, _expanded(weight, scale, dtype), edits)
         else:
-            yield name, Packed(weight, weight.new_ones(1, 1, dtype=torch.float32) if scale is None else scale)
+            held = Packed(weight, weight.new_ones(1, 1, dtype=torch.float32) if scale is None else scale)
+            yield name, _edited_fp8(held, edits[name]) if name in edits else held
 
     if plan.quantised:
         wanted = [parameters[name] for name in plan.quantised]
         for key, weight in checkpoint.read(wanted, device=quantization.device):
             name = names[key]
-            yield name, quantize(name, weight, quantization.method_for(name)).to(device)
+            yield name, quantize(name, _edited(name, weight, edits), quantization.method_for(name)).to(device)
+
+
+def _edited(name: str, weight: Tensor, edits: Edits) -> Tensor:
+    return edits[name](weight) if name in edits else weight
+
+
+def _edited_fp8(held: Packed, edit: Callable[[Tensor], Tensor]) -> Packed:
+    """Scales of the same kind, made anew."""
+    dense = edit(dequantize(held.weight, held.scale, torch.float32))
+    return Packed(*quantize_fp8(dense, tuple(held.scale.shape)))
 
 
 def _expanded(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.quantization.fp8 import quantize_fp8
 from musubi_tuner.quantization.loftq import quantize_with_factors
-from musubi_tuner.quantization.packed import Fp8, Method, Nf4, Packed, dequantize
+from musubi_tuner.quantization.packed import Fp8, Int8, Method, Nf4, Packed, dequantize
 
 
 class _PerTensor:
@@ -32,6 +32,7 @@ METHODS: dict[str, Method] = {
     "--fp8_base --fp8_scaled (64 values a scale)": Fp8(),
     "fp8, a scale for each row": Fp8(None),
     "fp8, one scale": _PerTensor(),
+    "--int8_base (64 values a scale)": Int8(),
     "--nf4_base": Nf4(),
     "--nf4_base --nf4_block_size 64": Nf4(64),
     "--nf4_base --nf4_block_size 128": Nf4(128),

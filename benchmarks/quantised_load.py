@@ -34,6 +34,7 @@ from musubi_tuner.models.ltx2.config import TransformerConfig
 from musubi_tuner.models.ltx2.load import build_transformer, load_transformer
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.quantize_file import quantize_file
+from musubi_tuner.quantization.packed import Nf4
 
 REQUESTS = {
     "dense": None,
@@ -68,7 +69,7 @@ def nf4_path(path: Path) -> Path:
 def work(name: str, path: Path) -> int:
     """Do one of the things measured; bytes that stay in memory."""
     if name == "write nf4":
-        quantize_file(path, nf4_path(path), block_size=32, device="cpu")
+        quantize_file(path, nf4_path(path), method=Nf4(), device="cpu")
         return 0
     source = nf4_path(path) if name == "nf4 from its file" else path
     model = load_transformer(

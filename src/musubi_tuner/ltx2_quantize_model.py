@@ -1,4 +1,4 @@
-"""Quantise the transformer of a checkpoint to NF4 once, instead of at every start."""
+"""Quantise the transformer of a checkpoint to NF4 or int8 once, instead of at every start."""
 
 from __future__ import annotations
 
@@ -16,28 +16,32 @@ _ONE_ROUND = "files get one round, which fits the same NF4 weights at every rank
 
 @entry(
     QuantizeModelConfig,
-    "Quantise the transformer of an LTX-2 checkpoint to NF4, for --nf4_base.",
+    "Quantise the transformer of an LTX-2 checkpoint, for --nf4_base or --int8_base.",
     rules=[quantize_rules],
 )
 def main(parsed: Parsed[QuantizeModelConfig]) -> None:
     from musubi_tuner.common.devices import choose_device
     from musubi_tuner.common.tables import format_bytes
     from musubi_tuner.models.ltx2.quantize_file import quantize_file
+    from musubi_tuner.quantization.packed import Int8, Nf4
 
     files, options = parsed.config.files, parsed.config.options
-    how = {"block_size": options.nf4_block_size, "device": choose_device(options.calc_device)}
+    size, device = options.nf4_block_size, choose_device(options.calc_device)
     if options.loftq_init:
         from musubi_tuner.networks.loftq import write_loftq
 
         if "loftq_iters" in parsed.explicit and options.loftq_iters > 1:
             logger.warning("--loftq_iters %d: %s", options.loftq_iters, _ONE_ROUND)
-        path = write_loftq(files.input_model, files.output_model, rank=options.network_dim, **how)
+        path = write_loftq(
+            files.input_model, files.output_model, rank=options.network_dim, block_size=size, device=device
+        )
         print(f"wrote {path}: LoftQ factors of rank {options.network_dim}")
-    count = quantize_file(files.input_model, files.output_model, **how)
+    method = Nf4(size) if options.format == "nf4" else Int8()
+    count = quantize_file(files.input_model, files.output_model, method=method, device=device)
     before, after = files.input_model.stat().st_size, files.output_model.stat().st_size
     print(
-        f"wrote {files.output_model}: {count} weights in NF4, {format_bytes(after)} of {format_bytes(before)} "
-        f"({after / before:.0%})"
+        f"wrote {files.output_model}: {count} weights in {options.format.upper()}, "
+        f"{format_bytes(after)} of {format_bytes(before)} ({after / before:.0%})"
     )
 
 

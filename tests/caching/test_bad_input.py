@@ -20,7 +20,7 @@ from PIL import Image
 from musubi_tuner.caching.latent_outputs import LatentRecipe
 from musubi_tuner.caching.latents import RunOptions, cache_latents
 from musubi_tuner.caching.text import TextRecipe, cache_text
-from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.clip_sound import AudioSource
 from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
@@ -251,7 +251,7 @@ def test_a_caption_that_is_cut_off_is_named(tmp_path: Path, caplog) -> None:
     summary = _cache_text(_entry(folder))
     with caplog.at_level(logging.WARNING):
         assert summary.finish(allow_failed=False) == 0
-    assert "1 captions were cut off: good.mp4 (the last 9000 tokens)" in caplog.text
+    assert "1 caption cut off: good.mp4 (the last 9000 tokens)" in caplog.text
 
 
 # --- names --------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_the_sound_of_a_clip_that_ends_early_is_told(tmp_path: Path, caplog) -> 
     summary = _cache(_entry(folder), replace(RECIPE, audio_source=AudioSource("audio_files")))
     with caplog.at_level(logging.WARNING):
         assert summary.finish(allow_failed=False) == 0
-    assert "1 clips whose sound ends early, silent from there: good_00000-009 (its last 0.18 s)" in caplog.text
+    assert "1 clip whose sound ends early, silent from there: good_00000-009 (its last 0.18 s)" in caplog.text
 
 
 def test_a_video_whose_sound_has_no_sample_counts_as_silent(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_videos_shorter_than_every_clip_are_counted(tmp_path: Path, caplog) -> N
     assert summary.tally("datasets[0]", "video").too_short == 1
     with caplog.at_level(logging.WARNING):
         assert summary.finish(allow_failed=False) == 0
-    assert "1 videos shorter than every clip: brief.mp4" in caplog.text
+    assert "1 video shorter than every clip: brief.mp4" in caplog.text
 
 
 # --- --strict -----------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 import errno
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +14,11 @@ from PIL import Image
 
 from musubi_tuner.caching.latent_outputs import LatentRecipe, VirtualGeometry
 from musubi_tuner.caching.latents import cache_latents
-from musubi_tuner.caching.pipeline import RunOptions
+from musubi_tuner.caching.pipeline import RunOptions, prepare_directories
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.common.safetensors_io import SafetensorsFile
+from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.dataset.cache import read_audio, read_latents, read_virtual_grid
-from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.clip_sound import AudioSource
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
 
@@ -64,7 +66,7 @@ def test_videos_with_sound(videos: Path, caplog) -> None:
         assert summary.finish(allow_failed=False) == 0
     assert _counts(summary, "video") == (3, 0, 0, 0)
     assert _counts(summary, "audio") == (2, 0, 0, 1)
-    assert "1 clips without sound: mute_00000-017" in caplog.text
+    assert "1 clip without sound: mute_00000-017" in caplog.text
     assert _names(entry) == [
         "a_00000-017_0128x0064_ltx2.safetensors",
         "a_00000-017_0128x0064_ltx2_audio.safetensors",
@@ -81,7 +83,7 @@ def test_videos_with_sound(videos: Path, caplog) -> None:
     assert metadata == {
         **{"architecture": "ltx2_v1", "format_version": "1.0.1", "width": "128", "height": "64"},
         **{"frame_count": "17", "target_fps": "25.0", "bucket": "128x64", "start_frame": "0"},
-        "frame_extraction": "head",
+        **{"frame_extraction": "head", "preparation": "2"},
         **{"source_name": "a.mp4", "source_size": str(stat.st_size), "source_mtime_ns": str(stat.st_mtime_ns)},
         "encoder_id": "video id",
     }
@@ -395,11 +397,47 @@ def test_what_a_killed_run_left_half_written_goes(videos: Path) -> None:
     entry = _entry(videos)
     entry.cache_directory.mkdir()
     leftover = entry.cache_directory / "a_00000-009_0064x0032_ltx2_audio.partial-0123abcd.safetensors"
-    text = entry.cache_directory / "a_ltx2_te.partial-0123abcd.safetensors"  # maybe being written right now
-    for path in (leftover, text):
+    text = entry.cache_directory / "a_ltx2_te.partial-0123abcd.safetensors"  # of the other script
+    recent = leftover.with_name("a_00000-009_0064x0032_ltx2.partial-4567abcd.safetensors")  # a run at work now
+    for path in (leftover, text, recent):
         path.write_bytes(b"half")
+    for path in (leftover, text):
+        os.utime(path, (1, 1))
     _run(entry)
-    assert (leftover.exists(), text.exists()) == (False, True)
+    assert (leftover.exists(), text.exists(), recent.exists()) == (False, True, True)
+
+
+def test_two_runs_in_one_folder_at_once_do_not_disturb_each_other(videos: Path) -> None:
+    entry = _entry(videos)
+    config = DatasetConfig((entry,), (), Path("data.toml"))
+    with ThreadPoolExecutor(4) as pool:
+        prepared = [pool.submit(prepare_directories, config) for _ in range(40)]
+        assert [future.result() for future in prepared] == [None] * 40
+        runs = [pool.submit(_run, entry) for _ in range(4)]
+        assert [run.result().finish(allow_failed=False) for run in runs] == [0] * 4
+    assert not [name for name in _names(entry) if "partial" in name]
+
+
+def test_caches_of_the_earlier_preparation_are_kept_and_told_of_once(videos: Path, caplog) -> None:
+    entry = _entry(videos)
+    _run(entry)
+    paths = sorted(entry.cache_directory.glob("*_ltx2.safetensors"))
+    for path in paths:
+        file = SafetensorsFile(path)
+        metadata = {key: value for key, value in file.metadata.items() if key != "preparation"}
+        assert len(metadata) == len(file.metadata) - 1
+        save_safetensors(dict(file.read()), path, metadata)
+    dates = [path.stat().st_mtime_ns for path in paths]
+    with caplog.at_level(logging.INFO):
+        assert _run(entry, options=SKIP).finish(allow_failed=False) == 0
+    assert [path.stat().st_mtime_ns for path in paths] == dates
+    assert caplog.text.count("kept from an earlier version") == 1
+    assert f"{len(paths)} caches kept" in caplog.text or f"{len(paths)} cache kept" in caplog.text
+    caplog.clear()
+    _run(entry)
+    with caplog.at_level(logging.INFO):
+        _run(entry, options=SKIP).finish(allow_failed=False)
+    assert "earlier version" not in caplog.text
 
 
 def test_a_video_that_fails_does_not_hide_a_short_one(tmp_path: Path, caplog) -> None:
@@ -418,7 +456,7 @@ def test_a_video_that_fails_does_not_hide_a_short_one(tmp_path: Path, caplog) ->
         summary = _run(entry)
     assert summary.failures
     assert list(entry.cache_directory.glob("broken_00000-009*"))
-    assert "1 of 1 videos gave no clip of 9 frames" in caplog.text
+    assert "1 of 1 video gave no clip of 9 frames" in caplog.text
 
 
 def test_enlarged_frames_can_be_written_to(videos: Path, recwarn) -> None:

@@ -1,4 +1,5 @@
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_an_image_reference_has_the_name_of_its_target(tmp_path: Path) -> None:
         **{"architecture": "ltx2_v1", "format_version": "1.0.1", "width": "128", "height": "64", "frame_count": "9"},
         **{"reference_frames": "9", "reference_downscale": "2", "target_fps": "25.0", "bucket": "128x64"},
         **{"source_name": "a.png", "source_size": str(stat.st_size), "source_mtime_ns": str(stat.st_mtime_ns)},
-        "encoder_id": "video id",
+        **{"encoder_id": "video id", "preparation": "2"},
     }
 
 
@@ -312,6 +313,7 @@ def test_orphans_of_references_go_with_their_clips(tmp_path: Path) -> None:
     half = folder / "a_00000-009_0128x0064_ltx2.partial-0123abcd.safetensors"
     for path in (*others, half):
         path.write_bytes(b"x")
+    os.utime(half, (1, 1))
     head = replace(entry, frame_extraction="head")
     _run(head, options=RunOptions(keep_cache=True))
     assert len(_names(folder)) == 5

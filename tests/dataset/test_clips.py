@@ -8,10 +8,12 @@ from media_files import clicks, onsets, pitch, read_index, tone, write_sound, wr
 from PIL import Image
 
 from musubi_tuner.dataset.audio import AudioTrack
-from musubi_tuner.dataset.clips import AudioSource, iter_clips, plan_item, prepare_clips
+from musubi_tuner.dataset.clip_sound import AudioSource
+from musubi_tuner.dataset.clips import iter_clips, prepare_clips
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.media import MediaError
+from musubi_tuner.dataset.plan import plan_item
 from musubi_tuner.dataset.sources import SourceItem
 
 

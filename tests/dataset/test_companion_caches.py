@@ -149,7 +149,11 @@ def test_references_of_another_checkpoint_are_refused(entry: DatasetEntry) -> No
     source = entry.source / "a.mp4"
     made = {"latents": provenance(source, EncoderRecord("ours"), {})}
     target = write_target(entry, "a", metadata=made)
-    write_reference(entry.reference_cache_directory, target, (1, 4, 2), provenance(source, EncoderRecord("theirs"), {}))
+    entry = replace(entry, reference_directory=entry.source.parent / "pictures")
+    entry.reference_directory.mkdir()
+    (entry.reference_directory / "a.png").touch()
+    made_by_theirs = provenance(entry.reference_directory / "a.png", EncoderRecord("theirs"), {})
+    write_reference(entry.reference_cache_directory, target, (1, 4, 2), made_by_theirs)
     refuse(entry, "a_00000-009: references were made with another checkpoint", video_vae="ours")
     check_caches(find(entry, references=()), encoders=EncoderIds(video_vae="ours"), commands=COMMANDS)
 

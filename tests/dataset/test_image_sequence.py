@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from media_files import clicks, index_frame, onsets, read_index, write_sound
 from PIL import Image
 
-from musubi_tuner.dataset.clips import plan_item, prepare_clips
+from musubi_tuner.dataset.clips import prepare_clips
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.fingerprint import source_stamp
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.image_sequence import ImageSequence
 from musubi_tuner.dataset.media import MediaError
+from musubi_tuner.dataset.plan import plan_item
 from musubi_tuner.dataset.sources import SourceItem
 
 

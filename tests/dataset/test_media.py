@@ -113,6 +113,14 @@ def test_a_cut_mp4_is_damaged_only_where_it_is_read(tmp_path) -> None:
     assert probe_video(path).size == (128, 64)
     with pytest.raises(MediaError, match=r"cut\.mp4"):
         _read(path)
+    with av.open(str(tmp_path / "fast.mp4")) as container:
+        index = container.streams.video[0].index_entries
+        last = index[len(index) - 1].pos
+    path.write_bytes(data[:last])  # 49 whole frames: the duration alone would not tell
+    with pytest.raises(MediaError, match=rf"ends at byte {len(data)} of a file of {last}, so .* truncated"):
+        _read(path)
+    path.write_bytes(data + b"trailing")
+    assert len(_read(path)) == 50
 
 
 def test_sound_without_a_picture_is_no_video(tmp_path) -> None:

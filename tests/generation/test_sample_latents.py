@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from media_files import index_frame, read_index, tone, write_sound, write_video
 from PIL import Image
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.dataset.clip_sound import read_sound
 from musubi_tuner.generation.conditions import SampleLatents
 from musubi_tuner.generation.latent_cache import CacheOwner, load_latent_cache, write_latent_cache
 from musubi_tuner.generation.prompts import SamplePrompt
-from musubi_tuner.generation.sample_latents import encode_sample_latents
-from musubi_tuner.generation.sample_media import locate, read_reference, read_sound, read_still, require_media
+from musubi_tuner.generation.sample_latents import CacheChoice, encode_sample_latents, obtain_sample_latents
+from musubi_tuner.generation.sample_media import locate, read_reference, read_still, require_media
+from musubi_tuner.generation.script import reference_downscale
 
 SMALL = SamplePrompt(prompt="a cat", width=128, height=64, frame_count=17)
 OWNER = CacheOwner("video", "audio")
@@ -96,9 +99,12 @@ def test_sound_keeps_its_true_length(media):
 
 def test_files_without_sound_or_with_too_little(media, tmp_path):
     write_sound(tmp_path / "click.wav", tone(0.02))
-    for path, message in ((media / "ref.mp4", "no audio stream"), (tmp_path / "click.wav", "at least 513 are needed")):
+    for path, message in (
+        (media / "ref.mp4", "no audio stream"),
+        (tmp_path / "click.wav", "at least 32 ms are needed; name another"),
+    ):
         with pytest.raises(UserError, match=message):
-            read_sound(path)
+            read_sound(path, advice="name another file")
 
 
 def test_files_lie_beside_the_prompt_file_or_in_the_working_directory(media, tmp_path, monkeypatch):
@@ -285,3 +291,56 @@ def test_missing_damaged_and_foreign_files(cached, tmp_path, content, message):
         torch.save(content, path)
     with pytest.raises(UserError, match=message):
         cached[1](path=path)
+
+
+# --- the size of references ---
+
+
+def test_references_are_as_much_smaller_as_those_of_training(prompts, media):
+    whole = encode(prompts, media)[1]
+    half = encode_sample_latents(prompts, media / "p.txt", video_vae=Cells(), audio_vae=Cells(), reference_downscale=2)[
+        1
+    ]
+    assert whole.reference.shape == (1, 4, 3, 2, 4)
+    assert half.reference.shape == (1, 4, 3, 1, 2)
+    # A cell of the smaller picture shows what four cells of the larger one show.
+    pooled = torch.nn.functional.avg_pool3d(whole.reference, (1, 2, 2))
+    torch.testing.assert_close(half.reference, pooled, atol=0.02, rtol=0)
+    assert torch.equal(half.image, whole.image), "a first frame has the sample's size"
+
+
+def test_samples_that_no_reference_can_be_smaller_than_are_refused(prompts, media):
+    with pytest.raises(UserError, match=r"prompt 1 .*--v: .*must be multiples of 128, got 128x64"):
+        encode_sample_latents(prompts, media / "p.txt", video_vae=Cells(), audio_vae=Cells(), reference_downscale=4)
+
+
+def test_a_cache_with_references_of_another_size_is_refused(cached, prompts, media):
+    class Owned:
+        def owner(self):
+            return OWNER
+
+    path, _ = cached
+
+    def obtain(downscale: int | None) -> list[SampleLatents]:
+        choice = CacheChoice(path, use=True, rebuild="run this")
+        return obtain_sample_latents(
+            prompts, media / "p.txt", "av", vaes=Owned(), cache=choice, reference_downscale=downscale
+        )
+
+    assert len(obtain(None)) == len(obtain(1)) == 3
+    with pytest.raises(UserError, match=r"prompt 1 .*reference_downscale 1, the LoRA has 2; rebuild it: run this"):
+        obtain(2)
+
+
+def test_the_size_of_references_is_read_from_the_loras():
+    def lora(name: str, **metadata: str) -> SimpleNamespace:
+        return SimpleNamespace(path=Path(name), metadata=metadata)
+
+    ours = lora("a", reference_downscale_factor="2", ss_reference_downscale_factor="2")
+    assert reference_downscale([]) is None
+    assert reference_downscale([lora("style"), ours]) == 2
+    assert reference_downscale([lora("old", ss_reference_downscale_factor="3")]) == 3
+    with pytest.raises(UserError, match=r"different sizes of references: 2 \(a\), 1 \(b\)"):
+        reference_downscale([ours, lora("b", reference_downscale_factor="1")])
+    with pytest.raises(UserError, match="'half', expected a number"):
+        reference_downscale([lora("c", reference_downscale_factor="half")])

@@ -108,3 +108,13 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(Exception, match=r".+"):
         write_mp4(tmp_path / "a.mp4", frames(3)[..., :2], 25)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_frames_give_the_same_file(tmp_path):
+    coarse = torch.randint(0, 255, (45, 12, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    moving = coarse.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+    written = set()
+    for attempt in range(4):
+        write_mp4(tmp_path / f"{attempt}.mp4", moving, 24, tone(45 / 24, 24_000))
+        written.add((tmp_path / f"{attempt}.mp4").read_bytes())
+    assert len(written) == 1

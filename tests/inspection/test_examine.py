@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from media_files import index_frame, read_index, tone, write_sound, write_video
 
-from musubi_tuner.dataset.clips import AudioSource, iter_clips
+from musubi_tuner.dataset.clip_sound import AudioSource
+from musubi_tuner.dataset.clips import iter_clips
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem
 from musubi_tuner.inspection.duplicates import find_duplicates

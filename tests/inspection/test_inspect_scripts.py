@@ -296,3 +296,27 @@ def test_missing_references_are_counted_without_encoding(accompanied: Path, caps
     assert "missing: datasets[0]: no reference for plain.mp4" in said
     Image.new("RGB", (128, 64)).save(accompanied.parent / "refs" / "plain.png")
     assert _status(cache_latents, "--dataset_config", accompanied, *flags) == 0
+
+
+def test_the_flags_of_references_are_those_of_caching(accompanied: Path, capsys) -> None:
+    flags = ("--reference_downscale", "2", "--reference_frames", "9")
+    _status(inspect_dataset, "--dataset_config", accompanied, *flags)
+    assert _page(accompanied.parent / "inspection").text.count("9 frames of 64x32") == 2
+    assert _status(inspect_dataset, "--dataset_config", accompanied, "--reference_frames", "8") == 2
+    assert "--reference_frames 8: expected a number of frames of the form 8k + 1" in capsys.readouterr().err
+
+
+def test_buckets_are_those_that_the_references_allow(tmp_path: Path, capsys) -> None:
+    (tmp_path / "clips").mkdir()
+    write_video(tmp_path / "clips" / "a.mp4", 10, size=(352, 224))
+    (tmp_path / "clips" / "a.txt").write_text("a", encoding="utf-8")
+    more = "resolution = [352, 224]\nenable_bucket = true\ntarget_frames = [9]\n"
+    config = tmp_path / "d.toml"
+    config.write_text(f"[[datasets]]\nvideo_directory = 'clips'\n{more}", encoding="utf-8")
+    for flags, step in (((), 32), (("--reference_downscale", "2"), 64)):
+        assert _status(inspect_dataset, "--dataset_config", config, *flags) == 0
+        found = re.search(r"datasets\[0\] +(\d+)x(\d+) +9 +1 +(\d+)", capsys.readouterr().err)
+        width, height, tokens = map(int, found.groups())
+        assert (width % step, height % step) == (0, 0)
+        assert (width == 352) == (step == 32)
+        assert tokens == 2 * (width // 32) * (height // 32)

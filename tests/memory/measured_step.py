@@ -36,7 +36,7 @@ class Case:
     mode: str = "av"
     version: str = "2.3"
     preset: str = "t2v"
-    base: str | None = None  # fp8, nf4
+    base: str | None = None  # fp8, int8, nf4
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
     layers: int = 3
@@ -149,6 +149,7 @@ CASES = {
     "audio": Case(mode="audio", audio_tokens=512),
     "batch of 2": Case(batch=2),
     "fp8": Case(base="fp8"),
+    "int8": Case(base="int8"),
     "nf4": Case(base="nf4"),
     "checkpointing": Case(CHECKPOINTING),
     "checkpointing, every layer adapted": Case(CHECKPOINTING, preset="full"),

@@ -38,6 +38,7 @@ class Technique:
 
 TECHNIQUES = (
     Technique("FP8", "--fp8_base --fp8_scaled", changes=True),
+    Technique("int8", "--int8_base", changes=True),
     Technique("NF4", "--nf4_base", changes=True),
     Technique("LyCORIS LoKr", "--network_module lycoris.kohya --network_args algo=lokr", changes=True),
     Technique("LyCORIS LoHa", "--network_module lycoris.kohya --network_args algo=loha", changes=True),
@@ -139,8 +140,8 @@ model.
 _TAIL = """
 On a CPU memory is never pinned and optimizers are never paged: there the test shows that the flags go together, with
 the same results. Attention kernels (`--flash_attn` and others) are compared with PyTorch's at the start of each run.
-What FP8 and NF4 themselves change is in [quantisation](quantisation.md), what each way saves in
-[performance](performance.md).
+What FP8, int8 and NF4 themselves change is in [quantisation](quantisation.md), with what goes with LoftQ, AWQ and FP8
+products; what each way saves is in [performance](performance.md).
 """
 
 if __name__ == "__main__":

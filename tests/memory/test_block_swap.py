@@ -13,7 +13,7 @@ from musubi_tuner.memory.block_layout import FrozenTensors
 from musubi_tuner.memory.block_swap import BlockSwap, swap_blocks, swapped_positions
 from musubi_tuner.memory.checkpointing import checkpoint_blocks, checkpointed_positions
 from musubi_tuner.quantization.linear import QuantizedLinear
-from musubi_tuner.quantization.packed import Fp8, Nf4
+from musubi_tuner.quantization.packed import Fp8, Int8, Nf4
 
 LAYERS = 6
 
@@ -219,7 +219,7 @@ def test_tensors_of_any_dtype_and_layout(checkpointed):
     assert_same(model.step(), expected)
 
 
-@pytest.mark.parametrize("method", [Fp8(), Nf4()], ids=["fp8", "nf4"])
+@pytest.mark.parametrize("method", [Fp8(), Int8(), Nf4()], ids=["fp8", "int8", "nf4"])
 @pytest.mark.parametrize("checkpointed", [0, LAYERS])
 def test_quantised_blocks(method, checkpointed):
     prepare = quantised_to(method)

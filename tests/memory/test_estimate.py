@@ -86,7 +86,7 @@ def test_layers_are_those_of_the_model(version: str):
     assert layer_sizes(config) == linears
 
 
-@pytest.mark.parametrize("base", [None, "fp8", "nf4"])
+@pytest.mark.parametrize("base", [None, "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("mode", ["video", "av"])
 def test_weights_are_counted_as_they_are_held(mode: str, base: str | None):
     case = Case(base=base, mode=mode)
@@ -124,6 +124,19 @@ def test_trained_values_are_those_of_the_network(preset: str):
     names = linear_layers((name for name, _ in model.named_parameters()), "av")
     _, params = by_block(planned_ranks(names, 5, arguments), config)
     assert sum(params) == sum(p.numel() for p in network.parameters())
+
+
+def test_where_a_corrected_base_began_is_kept():
+    """The factors once more in bf16, beside those that are trained."""
+    case = Case()
+    model = tiny_model(case.config, case.mode, dtype=case.dtype)
+    plain = request_of(case, model)
+    network = create_network(1.0, case.rank, case.rank, model, lora_target_preset=case.preset)
+    for module in network.modules_by_name.values():
+        module.start_from(module.lora_down.weight, module.lora_up.weight)
+    held = sum(t.nbytes for name, t in network.named_buffers() if name.endswith(("start_down", "start_up")))
+    corrected = replace(plain, trained=replace(plain.trained, corrects=True))
+    assert estimate(corrected).device - estimate(plain).device == held > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -22,11 +22,13 @@ from musubi_tuner.models.ltx2.quantize import Quantization, is_target
 from musubi_tuner.models.ltx2.quantize_file import quantize_file
 from musubi_tuner.quantization.linear import QuantizedLinear
 from musubi_tuner.quantization.loftq import quantize_with_factors
+from musubi_tuner.quantization.packed import Int8, Nf4
 
 PREFIX = "model.diffusion_model."
 WIDTHS = {"audio_attention_head_dim": 16, "audio_cross_attention_dim": 32}  # whole blocks of 32 in both streams
 FP8, FP8_SCALED = Quantization("fp8"), Quantization("fp8", requantise=True)
 NF4 = Quantization("nf4")
+INT8 = Quantization("int8")
 BLOCK_0 = f"{PREFIX}transformer_blocks.0."
 
 
@@ -75,7 +77,7 @@ def with_dense_weights(checkpoint, quantised, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("version", "expected"), [("2.0", 28), ("2.3", 28)])
-@pytest.mark.parametrize("quantization", [FP8_SCALED, NF4], ids=["fp8", "nf4"])
+@pytest.mark.parametrize("quantization", [FP8_SCALED, INT8, NF4], ids=["fp8", "int8", "nf4"])
 def test_linears_of_blocks_are_quantised_and_nothing_else(write, version, expected, quantization):
     model = load(write(version=version), quantization)
     layers = packed_layers(model)
@@ -94,7 +96,7 @@ def test_counts_of_the_true_model(mode, count, elements):
 
 
 @pytest.mark.parametrize("mode", ["av", "video", "audio"])
-@pytest.mark.parametrize("quantization", [FP8_SCALED, NF4], ids=["fp8", "nf4"])
+@pytest.mark.parametrize("quantization", [FP8_SCALED, INT8, NF4], ids=["fp8", "int8", "nf4"])
 def test_prediction_is_that_of_the_dequantised_weights(write, quantization, mode):
     checkpoint = write()
     model = load(checkpoint, quantization, mode)
@@ -123,6 +125,54 @@ def test_scales_of_the_official_layout_are_used(write):
         assert layer.weight.dtype == torch.float8_e4m3fn
         weight = original.get_submodule(name).weight
         assert (layer.dense_weight(torch.float32) - weight).abs().max() < 0.07 * weight.abs().max()
+
+
+def test_layers_described_in_the_metadata(write):
+    """The current layout of ComfyUI: formats in the header and beside each weight, one scale each."""
+
+    def edit(state):
+        fp8_edit(state)
+        text = json.dumps({"format": "float8_e4m3fn"}).encode()
+        for key in [k for k in state if k.endswith(".weight_scale")]:
+            layer = key.removesuffix(".weight_scale")
+            state[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+
+    expected = packed_layers(load(write(fp8_edit), FP8))
+    layers = packed_layers(load(write(edit, layer_formats("float8_e4m3fn")), FP8))
+    assert len(layers) == len(expected) == 56
+    for name, layer in layers.items():
+        assert torch.equal(layer.dense_weight(torch.float32), expected[name].dense_weight(torch.float32))
+
+
+@pytest.mark.parametrize("suffix", [".weight_scale", ".scale_weight"])
+@pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
+def test_files_with_the_transformer_alone(write, prefix, suffix):
+    def edit(state):
+        to_fp8(state, scale_suffix=suffix)
+        state[f"{PREFIX}scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+        del state["vae.encoder.conv_in.conv.weight"]
+        for key in list(state):
+            state[prefix + key.removeprefix(PREFIX)] = state.pop(key)
+
+    layers = packed_layers(load(write(edit), FP8))
+    assert len(layers) == 56
+    assert all(layer.weight_scale.tolist() == [[pytest.approx(0.01)]] for layer in layers.values())
+
+
+def test_a_float8_file_of_the_other_kind(write):
+    def edit(state):
+        fp8_edit(state)
+        for key in [k for k in state if state[k].dtype == torch.float8_e4m3fn]:
+            state[key] = state[key].float().to(torch.float8_e5m2)
+
+    checkpoint = write(edit)
+    state = load_file(checkpoint.path)
+    layers = packed_layers(load(checkpoint, FP8))
+    assert len(layers) == 56
+    for name, layer in layers.items():
+        assert layer.weight.dtype == torch.float8_e5m2
+        expected = state[f"{PREFIX}{name}.weight"].float() * state[f"{PREFIX}{name}.weight_scale"]
+        assert torch.equal(layer.dense_weight(torch.float32), expected)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -215,12 +265,32 @@ def scaleless(state):
     state[key] = torch.zeros(32, 16, dtype=torch.uint8)
 
 
+def mxfp8(state):
+    key = f"{BLOCK_0}attn1.to_q"
+    state[f"{key}.weight"] = state[f"{key}.weight"].to(torch.float8_e4m3fn)
+    state[f"{key}.weight_scale"] = torch.ones(32, 1).to(torch.float8_e8m0fnu)
+
+
+def layer_formats(name: str) -> dict[str, str]:
+    layers = {f"transformer_blocks.0.attn1.{n}": {"format": name} for n in ("to_q", "to_k")}
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
 NF4_FILE = {"nf4_quantized": "true", "nf4_block_size": "32"}
 REFUSED = {
     "--fp8_scaled on FP8": (fp8_edit, None, FP8_SCALED, "leave out --fp8_scaled"),
     "NF4 of FP8": (fp8_edit, None, NF4, "--nf4_base needs full precision"),
+    "int8 of FP8": (fp8_edit, None, INT8, "--int8_base needs full precision"),
+    "int8 without scale": (int8, {"int8_quantized": "true"}, INT8, "1 INT8 weights have no scale"),
     "scale without weight": (orphan, None, None, "1 scales belong to no quantised weight"),
     "int8": (int8, None, None, "1 weights are stored as int8"),
+    "MXFP8": (mxfp8, None, FP8, "1 scales are stored as float8_e8m0fnu"),
+    "a format of layers": (
+        fp8_edit,
+        layer_formats("float8_e4m3fn_blockwise"),
+        FP8,
+        "2 layers are in the format float8_",
+    ),
     "a scale of another weight": (wrong_scale, None, FP8, "fits no weight"),
     "NF4 without scale": (scaleless, NF4_FILE, NF4, "1 NF4 weights have no scale"),
 }
@@ -238,7 +308,7 @@ def test_refused(write, case):
 def test_nf4_file_is_bit_identical_to_quantising_while_loading(write, tmp_path, dtype, block_size):
     checkpoint = write(lambda state: state.update({k: t.to(dtype) for k, t in state.items()}))
     target = tmp_path / "model-nf4.safetensors"
-    count = quantize_file(checkpoint.path, target, block_size=block_size, device="cpu")
+    count = quantize_file(checkpoint.path, target, method=Nf4(block_size), device="cpu")
     dynamic = load(checkpoint, Quantization("nf4", block_size=block_size))
     assert count == len(packed_layers(dynamic)) > 0
     # The file's block size wins over the flag's.
@@ -251,7 +321,7 @@ def test_nf4_file_is_bit_identical_to_quantising_while_loading(write, tmp_path, 
 
 def test_nf4_file_keeps_all_else(write, tmp_path):
     checkpoint, target = write(metadata={"model_version": "2.3.0"}), tmp_path / "model-nf4.safetensors"
-    quantize_file(checkpoint.path, target, block_size=32, device="cpu")
+    quantize_file(checkpoint.path, target, method=Nf4(), device="cpu")
     before, after = load_file(checkpoint.path), load_file(target)
     with safe_open(checkpoint.path, "pt") as old, safe_open(target, "pt") as new:
         assert new.metadata() == old.metadata() | NF4_FILE
@@ -266,7 +336,39 @@ def test_nf4_file_keeps_all_else(write, tmp_path):
         with pytest.raises(UserError, match="add --nf4_base"):
             load(Checkpoint.open(target), other)
     with pytest.raises(UserError, match="quantised already"):
-        quantize_file(target, tmp_path / "twice.safetensors", block_size=32, device="cpu")
+        quantize_file(target, tmp_path / "twice.safetensors", method=Int8(), device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_file_is_bit_identical_to_quantising_while_loading(write, tmp_path, dtype):
+    checkpoint = write(lambda state: state.update({k: t.to(dtype) for k, t in state.items()}))
+    target = tmp_path / "model-int8.safetensors"
+    count = quantize_file(checkpoint.path, target, method=Int8(), device="cpu")
+    dynamic = load(checkpoint, INT8)
+    assert count == len(packed_layers(dynamic)) == 56
+    stored = load(Checkpoint.open(target), INT8).state_dict()
+    assert stored.keys() == dynamic.state_dict().keys()
+    for name, tensor in dynamic.state_dict().items():
+        assert tensor.dtype == stored[name].dtype
+        assert torch.equal(tensor, stored[name]), name
+    refused = ((None, "add --int8_base,"), (FP8, "instead of --fp8_base"), (NF4, "instead of --nf4_base"))
+    for other, message in refused:
+        with pytest.raises(UserError, match=message):
+            load(Checkpoint.open(target), other)
+    with pytest.raises(UserError, match=r"quantised already \(INT8\)"):
+        quantize_file(target, tmp_path / "twice.safetensors", method=Nf4(), device="cpu")
+
+
+@pytest.mark.parametrize("method", [Nf4(), Int8()], ids=["nf4", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_files_of_broken_weights_are_not_written(write, tmp_path, method, value):
+    def edit(state):
+        state[f"{BLOCK_0}attn1.to_q.weight"][1, 1] = value
+
+    checkpoint = write(edit)
+    with pytest.raises(UserError, match=r"0\.attn1\.to_q\.weight holds NaN or infinity"):
+        quantize_file(checkpoint.path, tmp_path / "x.safetensors", method=method, device="cpu")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_rows_that_do_not_fit_stay_dense(write, caplog):

@@ -13,8 +13,10 @@ from lora_samples import random_lora, random_network
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.ltx2_merge_lora_to_model import main
 from musubi_tuner.models.ltx2.quantize import is_target
+from musubi_tuner.models.ltx2.quantize_file import quantize_file
 from musubi_tuner.networks.base_weights import BaseWeights
 from musubi_tuner.networks.formats import load_lora, save_lora
+from musubi_tuner.quantization.packed import Int8, Nf4
 
 Q = "transformer_blocks.0.attn1.to_q"
 WEIGHT = f"{PREFIX}{Q}.weight"
@@ -165,20 +167,25 @@ def test_bad_requests_give_one_message_and_no_file(tmp_path, base, capsys, lora,
     assert base.read_bytes() == before
 
 
-def test_nan_and_nf4_are_refused(tmp_path, base, lora, capsys):
+def test_nan_is_refused(tmp_path, base, capsys):
     broken = random_lora({Q: (2, 32, 32, None)})
     broken.modules[Q].up[0, 0] = float("nan")
     path = save_lora(broken, tmp_path / "nan.safetensors", require_finite=False)
     with pytest.raises(SystemExit):
         merge(base, [path])
     assert "holds NaN or infinity; the LoRA is broken" in capsys.readouterr().err
-    from musubi_tuner.models.ltx2.quantize_file import quantize_file
+    assert not (tmp_path / "merged.safetensors").exists()
 
-    nf4 = tmp_path / "nf4.safetensors"
-    quantize_file(base, nf4, block_size=32, device="cpu")
+
+@pytest.mark.parametrize("method", [Nf4(), Int8()], ids=["NF4", "INT8"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "fp8"])
+def test_quantised_copies_are_refused(tmp_path, base, lora, capsys, method, dtype):
+    """They keep their marks, so what is merged into them would be read as what it is not."""
+    copy = tmp_path / "copy.safetensors"
+    quantize_file(base, copy, method=method, device="cpu")
     with pytest.raises(SystemExit):
-        merge(nf4, [lora])
-    assert "holds NF4 weights, which are too coarse" in capsys.readouterr().err
+        merge(copy, [lora], "--dtype", dtype)
+    assert f"holds {type(method).__name__.upper()} weights, a copy for training" in capsys.readouterr().err
     assert not (tmp_path / "merged.safetensors").exists()
 
 

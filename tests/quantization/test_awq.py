@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from musubi_tuner.quantization.awq import ActivationAware, InputMagnitudes, channel_scales
-from musubi_tuner.quantization.linear import QuantizedLinear
+from musubi_tuner.quantization.fp8_products import Fp8Products
+from musubi_tuner.quantization.linear import QuantizedLinear, use_products
 from musubi_tuner.quantization.loftq import quantize_with_factors
-from musubi_tuner.quantization.packed import Fp8, Nf4
+from musubi_tuner.quantization.packed import Fp8, Nf4, Packed
 
 
 @pytest.fixture
@@ -74,6 +75,35 @@ def test_layer_and_its_gradient_are_those_of_the_dense_weight(weight, magnitudes
         y.square().sum().backward()
         results.append((y, x.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-3)
+
+
+def test_columns_of_nothing_are_no_nan_in_float16(weight, magnitudes):
+    weight[:, 5] = 0  # its scale is the least one, by which an input of 1 becomes 1e5
+    layer = QuantizedLinear(ActivationAware(Nf4(), magnitudes, 0.5).quantize(weight))
+    x = inputs(magnitudes, 7)
+    x[:, 5] = 1
+    half = x.half().requires_grad_()
+    y = layer(half)
+    y.sum().backward()
+    assert half.grad.isfinite().all()
+    assert (y - layer(x)).norm() < 0.01 * layer(x).norm()
+
+
+def test_products_in_fp8_get_the_divided_inputs(weight, magnitudes):
+    scaled = ActivationAware(Fp8(block_size=None), magnitudes, 0.5).quantize(weight)
+    layer, plain = QuantizedLinear(scaled), QuantizedLinear(Packed(scaled.weight, scaled.scale))
+    for each in (layer, plain):
+        use_products(each, Fp8Products("reference"))
+    results = []
+    for divide in (lambda x: layer(x), lambda x: plain(x / scaled.input_scale)):
+        x = inputs(magnitudes, 2, 5).requires_grad_()
+        y = divide(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    exact = inputs(magnitudes, 2, 5) @ weight.T
+    assert (results[0][0] - exact).norm() < 0.06 * exact.norm()
 
 
 def test_error_of_the_outputs_falls(weight, magnitudes):

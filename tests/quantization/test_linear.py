@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from musubi_tuner.networks.lora import LoRALinear
 from musubi_tuner.quantization.linear import QuantizedLinear, pack_linear
-from musubi_tuner.quantization.packed import Fp8, Nf4
+from musubi_tuner.quantization.packed import Fp8, Int8, Nf4
 
-METHODS = {"nf4": Nf4(32), "nf4 in blocks of 128": Nf4(128), "fp8": Fp8(), "fp8 by row": Fp8(None)}
+METHODS = {"nf4": Nf4(32), "nf4 in blocks of 128": Nf4(128), "fp8": Fp8(), "fp8 by row": Fp8(None), "int8": Int8()}
 
 
 @pytest.fixture(params=METHODS, ids=METHODS.keys())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from musubi_tuner.common.errors import UserError
 from musubi_tuner.quantization.loftq import quantize_with_factors, truncated_svd
 from musubi_tuner.quantization.packed import Nf4
 
@@ -105,3 +106,11 @@ def test_draws_are_those_of_the_weights_name_alone():
     assert torch.equal(one.up, other.up)
     assert torch.equal(one.down, other.down)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_one_message(value):
+    weight = normal(64, 96)
+    weight[3, 5] = value
+    with pytest.raises(UserError, match=r"attn1\.to_q\.weight holds NaN or infinity, so the checkpoint is broken"):
+        error(weight, 4, 2)

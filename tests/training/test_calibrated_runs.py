@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_training_runs import arguments, refused
 
 from musubi_tuner.ltx2_quantize_model import main as quantize
@@ -56,6 +56,7 @@ def test_factors_come_beside_the_plain_nf4_file(cached_demo, tmp_path: Path):
     assert plain.read_bytes() == target.read_bytes()
     with safe_open(tmp_path / "demo-nf4.loftq_r4.safetensors", "pt") as file:
         described, keys = file.metadata(), set(file.keys())
+    assert len(described.pop("nf4_base_hash")) == 64
     modules = {key.rpartition(".")[0] for key in keys}
     expected = {"loftq_rank": "4", "loftq_iters": "1", "nf4_block_size": "32", "num_modules": str(len(modules))}
     assert described == expected
@@ -97,6 +98,8 @@ def test_resuming_with_another_base_is_refused(cached_demo, tmp_path: Path, caps
     train(arguments(cached_demo(), tmp_path, *LOFTQ, "--save_state_on_train_end", steps=1))
     command = arguments(cached_demo(), tmp_path, "--nf4_base", "--resume", str(tmp_path / "x-state"), steps=2)
     assert "was saved with loftq_iters 2 (now None)" in refused(command, capsys)
+    other = (*LOFTQ, "--nf4_block_size", "64", "--resume", str(tmp_path / "x-state"))
+    assert "nf4_block_size 32 (now 64)" in refused(arguments(cached_demo(), tmp_path, *other, steps=2), capsys)
 
 
 def test_metadata_says_how_the_base_was_held(cached_demo, tmp_path: Path):
@@ -108,6 +111,8 @@ def test_metadata_says_how_the_base_was_held(cached_demo, tmp_path: Path):
         "ss_awq_calibration": "True",
         "ss_nf4_base": "True",
         "ss_fp8_base": "False",
+        "ss_int8_base": "False",
+        "ss_fp8_w8a8": "False",
         "ss_gradient_checkpointing_cpu_offload": "True",
         "ss_vae_name": cached_demo().checkpoint.name,
         "ss_i2v_training": "True",
@@ -145,12 +150,31 @@ def test_files_that_do_not_fit_are_refused(cached_demo, tmp_path: Path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_factors_of_other_weights_are_refused(cached_demo, tmp_path: Path, capsys):
+    """The file of factors stays behind when another model is quantised to the same name without them."""
+    source = cached_demo().checkpoint
+    quantised(source, tmp_path, "--loftq_init", "--network_dim", "4")
+    state = load_file(source)
+    key = max(key for key in state if key.endswith("transformer_blocks.1.audio_ff.net.2.weight"))
+    state[key] = -state[key]
+    with safe_open(source, "pt") as file:
+        save_file(state, tmp_path / "other.safetensors", metadata=file.metadata())
+    target = quantised(tmp_path / "other.safetensors", tmp_path)
+    message = refused(on(target, arguments(cached_demo(), tmp_path / "out", *LOFTQ)), capsys)
+    assert "demo-nf4.loftq_r4.safetensors: its factors belong to other weights than those of demo-nf4" in message
+
+
 RULES = {
     ("--loftq_init",): ["--loftq_init needs --nf4_base"],
     ("--fp8_base", "--loftq_init", "--awq_calibration"): [
         "--loftq_init needs --nf4_base",
         "--awq_calibration needs --nf4_base",
     ],
+    ("--int8_base", "--loftq_init", "--awq_calibration"): [
+        "--loftq_init needs --nf4_base",
+        "--awq_calibration needs --nf4_base",
+    ],
+    (*AWQ, "--loftq_init", "--fp8_w8a8"): ["--fp8_w8a8 needs --fp8_base"],
     ("--nf4_base", "--loftq_iters", "3"): ["--loftq_iters needs --loftq_init"],
     (*LOFTQ, "--loftq_iters", "0"): ["--loftq_iters: expected at least 1, got 0"],
     (*LOFTQ, "--scale_weight_norms", "1"): ["--loftq_init and --scale_weight_norms exclude each other"],
@@ -183,6 +207,8 @@ QUANTISE_RULES = {
     ("--network_dim", "4"): "--network_dim needs --loftq_init",
     ("--loftq_iters", "3"): "--loftq_iters needs --loftq_init",
     ("--loftq_init", "--network_dim", "4", "--loftq_iters", "0"): "--loftq_iters: expected at least 1",
+    ("--format", "int8", "--loftq_init", "--network_dim", "4"): "--loftq_init needs --format nf4",
+    ("--format", "int8", "--nf4_block_size", "64"): "--nf4_block_size needs --format nf4",
     ("--loftq_init", "--network_dim", "9999"): "so no rank 9999; lower --network_dim",
 }
 

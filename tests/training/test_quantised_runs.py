@@ -36,11 +36,16 @@ def test_prequantised_file_trains_like_the_original(cached_demo, tmp_path: Path,
 
 def test_loss_is_near_that_of_the_dense_model(cached_demo, tmp_path: Path, logged):
     losses = {}
-    for flags in ((), ("--fp8_base", "--fp8_scaled"), ("--nf4_base", "--quantize_device", "cpu")):
+    fp8_flags = ("--fp8_base", "--fp8_scaled")
+    nf4_flags = ("--nf4_base", "--quantize_device", "cpu")
+    for flags in ((), fp8_flags, (*fp8_flags, "--fp8_w8a8"), ("--int8_base",), nf4_flags):
         train(arguments(cached_demo(), tmp_path / "-".join(("run", *flags)), *flags, steps=1))
-        losses[flags[:1]] = logged.pop(1)["loss/video"]
-    dense, fp8, nf4 = losses.values()
+        losses[flags] = logged.pop(1)["loss/video"]
+    dense, fp8, products, int8, nf4 = losses.values()
+    assert 0 < abs(int8 - dense) < 0.002 * dense
     assert 0 < abs(fp8 - dense) < 0.005 * dense
+    assert 0 < abs(products - dense) < 0.01 * dense
+    assert products != fp8
     assert 0 < abs(nf4 - dense) < 0.05 * dense
 
 
@@ -72,8 +77,12 @@ def test_an_nf4_file_without_the_flag_is_refused_before_anything_else(cached_dem
 
 RULES = {
     ("--fp8_base", "--nf4_base"): "--fp8_base and --nf4_base exclude each other",
+    ("--int8_base", "--nf4_base"): "--int8_base and --nf4_base exclude each other",
     ("--fp8_scaled",): "--fp8_scaled needs --fp8_base",
-    ("--quantize_device", "gpu"): "--quantize_device needs --fp8_base or --nf4_base",
+    ("--fp8_w8a8",): "--fp8_w8a8 needs --fp8_base",
+    ("--nf4_base", "--fp8_w8a8"): "--fp8_w8a8 needs --fp8_base",
+    ("--fp8_base", "--fp8_w8a8_backward", "dense"): "--fp8_w8a8_backward needs --fp8_w8a8",
+    ("--quantize_device", "gpu"): "--quantize_device needs --fp8_base, --int8_base or --nf4_base",
     ("--nf4_block_size", "64"): "--nf4_block_size needs --nf4_base",
     ("--nf4_base", "--nf4_block_size", "48"): "--nf4_block_size 48: expected one of 32, 64",
 }

@@ -79,7 +79,7 @@ def possible_bases(
         flags = ("--fp8_base --fp8_scaled",) if request.requantise else ("--fp8_base",)
         found["fp8"] = checkpoint_weights(checkpoint, mode, dtype, request), flags
     if own != "nf4" and stored.kind == "dense":
-        flags = ("--nf4_base",) if own == "dense" else ("--nf4_base (without --fp8_base)",)
+        flags = ("--nf4_base",) if own == "dense" else (f"--nf4_base (without --{own}_base)",)
         found["nf4"] = checkpoint_weights(checkpoint, mode, dtype, Quantization("nf4")), flags
     return found
 

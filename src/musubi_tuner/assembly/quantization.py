@@ -14,11 +14,12 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.quantize import Quantization, Quantize, is_target, quantize_plainly, stored_transformer
 from musubi_tuner.networks.loftq import LoftQ, StoredLoftQ
 from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+from musubi_tuner.quantization.fp8_products import Fp8Products, find_products
 from musubi_tuner.quantization.stored import NF4_BLOCK_KEY
 
 logger = logging.getLogger(__name__)
 
-_VARIABLES = {"fp8": "LTX2_FP8_CALC_DEVICE", "nf4": "LTX2_NF4_CALC_DEVICE"}
+_VARIABLES = {"fp8": "LTX2_FP8_CALC_DEVICE", "int8": "LTX2_INT8_CALC_DEVICE", "nf4": "LTX2_NF4_CALC_DEVICE"}
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
 
 
@@ -38,32 +39,47 @@ class LoftQRequest:
 def quantization_settings(
     config: QuantizationConfig, device: torch.device, calibration: CalibrationConfig | None = None
 ) -> Quantization | None:
-    """What ``--fp8_base`` or ``--nf4_base`` asks for; ``None`` for neither.
+    """What ``--fp8_base``, ``--int8_base`` or ``--nf4_base`` asks for; ``None`` for none of them.
 
     Weights are quantised where ``--quantize_device`` or the format's environment variable says, else on ``device``.
 
     Raises:
         UserError: the variable names no device.
     """
-    if not (config.fp8_base or config.nf4_base):
+    kind = config.kind
+    if kind is None:
         return None
-    kind = "nf4" if config.nf4_base else "fp8"
     return Quantization(
         kind=kind,
         requantise=config.fp8_scaled,
         block_size=config.nf4_block_size,
         device=_calculation_device(config.quantize_device, _VARIABLES[kind], device),
         calibrate=calibration is not None and calibration.awq_calibration,
+        by_row=config.fp8_w8a8,
+        products=_products(config, device) if config.fp8_w8a8 else None,
     )
+
+
+def _products(config: QuantizationConfig, device: torch.device) -> Fp8Products | None:
+    """The same weights with or without, so that what is trained does not depend on the card."""
+    products = find_products(device, backward=config.fp8_gradients)
+    if products is None:
+        logger.warning(
+            "--fp8_w8a8: no FP8 products on %s; weights are dequantised instead, which is slower and more exact",
+            torch.cuda.get_device_name(device) if device.type == "cuda" else device,
+        )
+    elif products.kernel == "reference":
+        logger.warning("--fp8_w8a8: products of FP8 numbers in float32 on %s, for trying it: nothing is faster", device)
+    return products
 
 
 def loftq_request(
     calibration: CalibrationConfig, rank: int | None, checkpoint: Checkpoint, *, iterations_given: bool
 ) -> LoftQRequest | None:
-    """What ``--loftq_init`` asks for, known from headers alone; ``None`` without it.
+    """What ``--loftq_init`` asks for, known from headers and little more; ``None`` without it.
 
     Raises:
-        UserError: the checkpoint is quantised already, and no factors of this rank are beside it.
+        UserError: the checkpoint is quantised already, and no factors of this rank, made with it, are beside it.
     """
     if not calibration.loftq_init or rank is None:
         return None
@@ -72,6 +88,7 @@ def loftq_request(
     if iterations_given and calibration.loftq_iters > 1:
         logger.warning("--loftq_iters %d has no effect on a base that is quantised already", calibration.loftq_iters)
     file = StoredLoftQ(checkpoint.path, rank, checkpoint.metadata.get(NF4_BLOCK_KEY))
+    file.check_base(checkpoint.path)
     return LoftQRequest(1, file)
 
 

@@ -28,6 +28,8 @@ from musubi_tuner.models.ltx2.load import Edits, build_transformer, load_transfo
 from musubi_tuner.models.ltx2.quantize import Quantization, quantize_plainly
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.adapter_network import AdapterNetwork
+from musubi_tuner.quantization.fp8_products import Fp8Products
+from musubi_tuner.quantization.linear import use_products
 
 from .quantization import LoftQRequest, LoftQStart
 
@@ -104,6 +106,8 @@ def assemble_transformer(
     )
     if start is not None:
         start.report()
+    if quantization is not None and quantization.products is not None:
+        _use_products(transformer, quantization.products)
     if network is not None:
         adapter = adapter or network(transformer)
         adapter.to(device)  # first: what it computes of the base weights (DoRA), it computes there
@@ -137,6 +141,16 @@ def attach_to_blocks(
     if recomputed:
         offload = ActivationOffload(device, make_transfer(device)) if memory.offload_inputs else None
         checkpoint_blocks([blocks[i] for i in recomputed], preserve_rng_state=draws, offload=offload)
+
+
+def _use_products(transformer: LTX2Transformer, products: Fp8Products) -> None:
+    count, total = use_products(transformer, products)
+    logger.info("products in FP8 in %d of %d quantised layers (%s)", count, total, products.kernel)
+    if count < total:
+        logger.warning(
+            "--fp8_w8a8: %d layers dequantise their weights: they are in blocks of a row, e5m2 or of odd sizes",
+            total - count,
+        )
 
 
 def _swap(transformer: LTX2Transformer, memory: MemorySettings, recomputed: range, device: torch.device) -> None:

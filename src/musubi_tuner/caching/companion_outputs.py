@@ -18,6 +18,8 @@ from musubi_tuner.common.av import AV
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.dataset.buckets import Size, latent_grid
 from musubi_tuner.dataset.cache import (
+    PREPARATION,
+    PREPARATION_KEY,
     read_audio_header,
     read_latent_header,
     read_mask_header,
@@ -114,7 +116,11 @@ def _reference_metadata(
     if _is_video(references[0]):
         settings |= {"target_fps": entry.target_fps, "source_fps": entry.source_fps}
     metadata = provenance(references, encoders.recipe.video_vae, settings)
-    return {**metadata, "target_fps": str(entry.target_fps)}  # an image does not change with it
+    return {
+        **metadata,
+        PREPARATION_KEY: PREPARATION,
+        "target_fps": str(entry.target_fps),
+    }  # an image does not change with it
 
 
 def _is_video(path: Path) -> bool:

@@ -20,13 +20,16 @@ from musubi_tuner.dataset.buckets import (
 )
 from musubi_tuner.dataset.cache import (
     EXTRACTION_KEY,
+    PREPARATION,
+    PREPARATION_KEY,
     CacheName,
     Grid,
     read_audio_header,
     read_latent_header,
     read_virtual_grid,
 )
-from musubi_tuner.dataset.clips import AudioSource, base_name
+from musubi_tuner.dataset.clip_sound import AudioSource
+from musubi_tuner.dataset.clips import base_name
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.fingerprint import provenance
 from musubi_tuner.dataset.frames import ClipWindow
@@ -117,6 +120,7 @@ def clip_outputs(
     latents = Output(
         entry.cache_directory / str(name),
         provenance(item.path, recipe.video_vae, video)
+        | {PREPARATION_KEY: PREPARATION}
         | ({EXTRACTION_KEY: entry.extraction.record} if item.kind == "video" else {}),
         fits=lambda path: read_latent_header(path).grid == latent_grid(frames, bucket),
     )

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 import torch
 
 from musubi_tuner.common.progress import progress
+from musubi_tuner.common.tables import count_text
 from musubi_tuner.dataset.buckets import floor_frames
 from musubi_tuner.dataset.cache import CacheKind, CacheName, list_caches, split_clip_base, write_audio, write_latents
-from musubi_tuner.dataset.clips import PreparedClip, base_name, iter_clips, plan_item, require_files
+from musubi_tuner.dataset.clips import PreparedClip, base_name, iter_clips, require_files
 from musubi_tuner.dataset.companions import find_companions
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.frame_store import BlockPool
 from musubi_tuner.dataset.frames import ClipWindow
+from musubi_tuner.dataset.plan import plan_item
 from musubi_tuner.dataset.sources import SourceItem, list_items
 
 from .companions import cache_companions
@@ -37,9 +39,9 @@ from .pipeline import (
     default_workers,
     outdated,
     read_ahead,
-    record_extraction,
     remove_orphans,
     remove_partial,
+    settle_kept,
     stop_if_full,
 )
 
@@ -168,7 +170,13 @@ class _DatasetRun:
         for length in self.entry.target_frames if self.entry.frame_extraction != "full" else ():
             short = self.videos - self.lengths[length]
             if short > 0:
-                logger.warning("%s: %d of %d videos gave no clip of %d frames", label, short, self.videos, length)
+                logger.warning(
+                    "%s: %d of %s gave no clip of %s",
+                    label,
+                    short,
+                    count_text(self.videos, "video"),
+                    count_text(length, "frame"),
+                )
         if not self.targets and not self.summary.failed_in(label):
             self.summary.empty.append(label)
             return
@@ -178,7 +186,9 @@ class _DatasetRun:
             logger.info("%s: no old cache files are deleted, since some items could not be cached", label)
             return
         if removed := remove_orphans(self.entry.cache_directory, self.targets, _KINDS):
-            logger.info("%s: deleted %d cache files that the dataset no longer produces", label, len(removed))
+            logger.info(
+                "%s: deleted %s that the dataset no longer produces", label, count_text(len(removed), "cache file")
+            )
 
     # --- in worker threads
 
@@ -261,7 +271,7 @@ class _DatasetRun:
         name = target.name
         self.targets[name] = target
         if isinstance(result, _Current):
-            record_extraction(result.outputs.latents)
+            self.summary.of_earlier_version += settle_kept(result.outputs.latents)
             self._count_current(result, item, name.base)
         else:
             self.summary.count_reasons(result.reasons)
@@ -324,7 +334,7 @@ class _DatasetRun:
         try:
             for job in jobs:
                 if job.latents is None:
-                    record_extraction(job.outputs.latents)
+                    self.summary.of_earlier_version += settle_kept(job.outputs.latents)
             if wanted:
                 self._write_latents(wanted)
         except Exception as error:

@@ -7,8 +7,11 @@ import logging
 import os
 import queue
 import threading
+import time
+import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -16,8 +19,8 @@ from typing import Generic, TypeVar
 from musubi_tuner.common.atomic import is_partial
 from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
-from musubi_tuner.common.tables import format_table
-from musubi_tuner.dataset.cache import EXTRACTION_KEY, CacheKind, CacheName, list_caches
+from musubi_tuner.common.tables import count_text, format_table
+from musubi_tuner.dataset.cache import EXTRACTION_KEY, PREPARATION_KEY, CacheKind, CacheName, list_caches
 from musubi_tuner.dataset.companion_rules import CACHE_DIRECTORIES
 from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.fingerprint import stale_reason
@@ -30,6 +33,7 @@ R = TypeVar("R")
 
 STALL_SECONDS = 60.0  # after which a file that is still being read is named
 MISSING = "missing"
+_ABANDONED_SECONDS = 600.0  # after which no process is still writing a partial file
 _MOST_WORKERS = 8  # by default; each holds a decoded clip or two
 _FAILURES_SHOWN = 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -153,7 +157,7 @@ def prepare_directories(config: DatasetConfig) -> None:
 def _unwritable(directory: Path) -> str | None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".write_test"
+        probe = directory / f".write_test-{uuid.uuid4().hex[:8]}"  # another run may be trying the same
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -171,12 +175,17 @@ def stop_if_full(error: Exception, directory: Path) -> None:
 
 
 def remove_partial(directory: Path, kinds: Collection[CacheKind]) -> None:
-    """Delete what an interrupted run left half-written."""
+    """Delete what an interrupted run left half-written.
+
+    What was written to a moment ago stays: another run may be at work in the same folder. A file takes seconds.
+    """
     leftovers = [path for path in directory.iterdir() if is_partial(path)] if directory.is_dir() else []
     for path in leftovers:
         name = CacheName.parse(path.name.split(".partial-")[0] + path.suffix)
         if name is not None and name.kind in kinds:
-            path.unlink()
+            with suppress(OSError):  # gone meanwhile or, on Windows, open elsewhere
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    path.unlink()
 
 
 # --- keeping what is current --------------------------------------------------------------------------------
@@ -206,13 +215,19 @@ def outdated(output: Output) -> str | None:
     return None if None in reasons else reasons[0]
 
 
-def record_extraction(output: Output) -> None:
-    """Note in a clip that is kept under which rule its video was cut now. Its tensors are copied."""
+def settle_kept(output: Output) -> bool:
+    """Note in a clip that is kept under which rule its video was cut now (its tensors are copied).
+
+    Returns:
+        Whether its pixels were prepared by an earlier version.
+    """
     file = SafetensorsFile(output.path)
     recorded = file.metadata.get(EXTRACTION_KEY)
     if recorded is not None and recorded != output.metadata.get(EXTRACTION_KEY, recorded):
         metadata = {**file.metadata, EXTRACTION_KEY: output.metadata[EXTRACTION_KEY]}
         save_safetensors(dict(file.read()), output.path, metadata)
+    ours = "cache_key" in file.metadata
+    return ours and file.metadata.get(PREPARATION_KEY) != output.metadata.get(PREPARATION_KEY)
 
 
 # --- orphans ------------------------------------------------------------------------------------------------
@@ -271,6 +286,7 @@ class Summary:
         self.cut_captions: list[str] = []  # that are longer than what the text encoder reads
         self.reasons: Counter[str] = Counter()  # why files were made again
         self.needless = 0  # files made again although they were current
+        self.of_earlier_version = 0  # kept, although their pixels would be prepared a little differently now
         self.empty: list[str] = []  # datasets that gave nothing
         self.missing: list[str] = []  # a line for each kind of reference or mask that some items lack
 
@@ -334,20 +350,30 @@ class Summary:
         total = sum(t.encoded for t in self._tallies.values())
         if total and self.needless * 2 > total:
             logger.info("%d of %d files were current already; --skip_existing keeps such files", self.needless, total)
+        if self.of_earlier_version:
+            logger.info(
+                "%s kept from an earlier version, whose pixels differ by about one level of 255; to make them anew, "
+                "run once without --skip_existing",
+                count_text(self.of_earlier_version, "cache"),
+            )
         if self.silent:
-            logger.warning("%d clips without sound: %s", len(self.silent), _shown(self.silent))
+            logger.warning("%s without sound: %s", count_text(len(self.silent), "clip"), _shown(self.silent))
         if self.partly_silent:
             logger.warning(
-                "%d clips whose sound ends early, silent from there: %s",
-                len(self.partly_silent),
+                "%s whose sound ends early, silent from there: %s",
+                count_text(len(self.partly_silent), "clip"),
                 _shown(self.partly_silent),
             )
         if self.cut_captions:
-            logger.warning("%d captions were cut off: %s", len(self.cut_captions), _shown(self.cut_captions))
+            logger.warning("%s cut off: %s", count_text(len(self.cut_captions), "caption"), _shown(self.cut_captions))
         if self.too_short:
-            logger.warning("%d videos shorter than every clip: %s", len(self.too_short), _shown(self.too_short))
+            logger.warning(
+                "%s shorter than every clip: %s", count_text(len(self.too_short), "video"), _shown(self.too_short)
+            )
         if self.uncaptioned:
-            logger.error("%d items without a caption left out: %s", len(self.uncaptioned), _shown(self.uncaptioned))
+            logger.error(
+                "%s without a caption left out: %s", count_text(len(self.uncaptioned), "item"), _shown(self.uncaptioned)
+            )
         for failure in self.failures[:_FAILURES_SHOWN]:
             logger.error("failed: %s", failure)
         if len(self.failures) > _FAILURES_SHOWN:

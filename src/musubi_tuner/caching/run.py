@@ -16,7 +16,7 @@ from musubi_tuner.common.errors import ConfigErrors
 from musubi_tuner.config.caching import AudioSourceConfig, CacheLatentsConfig, CacheTextConfig, DatasetRunConfig
 from musubi_tuner.config.model import GemmaConfig, Mode
 from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
-from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.clip_sound import AudioSource
 from musubi_tuner.dataset.companions import check_companions
 from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.dataset.fingerprint import short_list
@@ -109,7 +109,15 @@ def run_cache_latents(config: CacheLatentsConfig) -> int:
     if samples:  # first: what is wrong with them shows at once, not after the dataset
         path = config.samples.sample_latents_cache or datasets.datasets[0].cache_directory / DEFAULT_NAME
         prompt_file = config.samples.sample_prompts
-        cache_sample_latents(path, samples, prompt_file, recipe, video_vae=video_vae, audio_vae=audio_vae)
+        cache_sample_latents(
+            path,
+            samples,
+            prompt_file,
+            recipe,
+            video_vae=video_vae,
+            audio_vae=audio_vae,
+            reference_downscale=datasets.reference_downscale or 1,
+        )
     with _resumable():
         summary = cache_latents(
             datasets, recipe, video_vae=video_vae, audio_vae=audio_vae, options=_options(config.dataset)

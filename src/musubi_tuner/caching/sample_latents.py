@@ -50,13 +50,16 @@ def cache_sample_latents(
     *,
     video_vae: VideoEncoder | None,
     audio_vae: AudioEncoder | None,
+    reference_downscale: int = 1,
 ) -> None:
     """Encode what the prompts name into one file, written whole or not at all.
 
     Raises:
         UserError: a file that cannot be decoded, with its prompt.
     """
-    latents = encode_sample_latents(prompts, prompt_file, video_vae=video_vae, audio_vae=audio_vae)
+    latents = encode_sample_latents(
+        prompts, prompt_file, video_vae=video_vae, audio_vae=audio_vae, reference_downscale=reference_downscale
+    )
     # Read by runs of the checkpoint that the VAEs stand for.
     ids = [None if vae is None else vae.replaces or vae.id for vae in (recipe.video_vae, recipe.audio_vae)]
     write_latent_cache(path, prompts, prompt_file, latents, owner=CacheOwner(*ids))

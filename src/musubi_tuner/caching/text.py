@@ -16,12 +16,13 @@ from torch import Tensor
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.progress import progress
+from musubi_tuner.common.tables import count_text
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.cache import CacheName, read_text_header, write_text
-from musubi_tuner.dataset.discovery import text_mismatch
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.fingerprint import provenance
 from musubi_tuner.dataset.items import EncoderRecord
+from musubi_tuner.dataset.mismatch import text_mismatch
 from musubi_tuner.dataset.sources import SourceItem, caption_path, list_items
 
 from .pipeline import (
@@ -243,4 +244,4 @@ def cache_sample_prompts(path: Path, prompts: Sequence[SamplePrompt], recipe: Te
     # Read by runs of the checkpoint that the connectors stand for.
     belongs_to = recipe.connectors.replaces or recipe.connectors.id
     write_prompt_cache(path, recipe.mode, prompts, encoded, encoder_id=belongs_to)
-    logger.info("encoded %d sample prompts into %s", len(prompts), path)
+    logger.info("encoded %s into %s", count_text(len(prompts), "sample prompt"), path)

@@ -40,15 +40,16 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 
 @contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Without the messages of one module, except errors."""
-    module = logging.getLogger(name)
-    level = module.level
-    module.setLevel(logging.ERROR)
+def quiet(*names: str) -> Iterator[None]:
+    """Without the messages of these modules, except errors."""
+    levels = {module: module.level for module in map(logging.getLogger, names)}
+    for module in levels:
+        module.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        module.setLevel(level)
+        for module, level in levels.items():
+            module.setLevel(level)
 
 
 _SEEN: set[tuple[str, str]] = set()

@@ -27,3 +27,8 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
+
+
+def count_text(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``"""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -73,8 +73,8 @@ class AudioSourceConfig:
 
 
 @dataclass(frozen=True)
-class ReferenceConfig:
-    """References and masks."""
+class ReferenceSizeConfig:
+    """References."""
 
     reference_frames: int | None = flag(
         None, "frames of a reference, 8k + 1, where the dataset does not say; not given: 1"
@@ -85,12 +85,18 @@ class ReferenceConfig:
     reference_audio_max_seconds: float | None = flag(
         None, "use only the beginning of a reference sound; not given: the whole"
     )
-    strict_references: bool = flag(False, "stop before encoding if a reference or mask is missing")
 
     @property
     def dataset_defaults(self) -> dict[str, object]:
         """Values of the keys that a dataset configuration may leave out."""
         return {"reference_frames": self.reference_frames, "reference_downscale": self.reference_downscale}
+
+
+@dataclass(frozen=True)
+class ReferenceConfig(ReferenceSizeConfig):
+    """References and masks."""
+
+    strict_references: bool = flag(False, "stop before encoding if a reference or mask is missing")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .caching import CAPTION_FIELD_HELP, AudioSourceConfig
+from .caching import CAPTION_FIELD_HELP, AudioSourceConfig, ReferenceSizeConfig
 from .flag import flag
 from .model import MODE_SHORT_FORMS, Mode
+from .rules_caching import reference_sizes
 from .rules_common import folder, missing
 
 
@@ -38,6 +39,7 @@ class InspectConfig:
 
     inspect: InspectGroup = InspectGroup()
     audio: AudioSourceConfig = AudioSourceConfig()
+    references: ReferenceSizeConfig = ReferenceSizeConfig()
 
 
 def rules(config: InspectConfig) -> Iterable[str]:
@@ -55,6 +57,7 @@ def rules(config: InspectConfig) -> Iterable[str]:
     yield from folder("output_dir", flags.output_dir)
     if flags.decode_caches and flags.ltx2_checkpoint is None:
         yield "--decode_caches needs --ltx2_checkpoint"
+    yield from reference_sizes(config.references)
     if flags.max_items < 0:
         yield f"--max_items {flags.max_items}: expected at least 0"
     if flags.num_workers is not None and flags.num_workers < 1:

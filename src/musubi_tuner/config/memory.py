@@ -106,11 +106,41 @@ class QuantizationConfig:
 
     fp8_base: bool = flag(False, "base weights of the blocks in FP8, half the memory")
     fp8_scaled: bool = flag(False, "quantise to FP8 while loading; not for files that are FP8 already")
+    fp8_w8a8: bool = flag(
+        False, "matrix products in FP8 as well (Ada, Hopper and later GPUs): faster, less exact; needs --fp8_base"
+    )
+    int8_base: bool = flag(False, "base weights of the blocks in int8, half the memory, nearer to bf16 than FP8")
     nf4_base: bool = flag(False, "base weights of the blocks in NF4, 4 bit, under a third of the memory")
     nf4_block_size: int = flag(32, "NF4: weights that share a scale; a power of two from 32 to 2048")
     quantize_device: Literal["cpu", "cuda"] | None = flag(
         None, "where weights are quantised (not given: where the model is)", values={"gpu": "cuda"}
     )
+
+    @property
+    def kind(self) -> Literal["fp8", "int8", "nf4"] | None:
+        """The format that is asked for."""
+        if self.nf4_base:
+            return "nf4"
+        return "int8" if self.int8_base else "fp8" if self.fp8_base else None
+
+    @property
+    def fp8_gradients(self) -> bool:
+        """Whether gradients go through products in FP8 too, where there are any."""
+        return False
+
+
+@dataclass(frozen=True)
+class TrainingQuantizationConfig(QuantizationConfig):
+    """Quantisation of the base weights."""
+
+    fp8_w8a8_backward: Literal["fp8", "dense"] | None = flag(
+        None, "--fp8_w8a8: gradients by products in FP8, or through dequantised weights (not given: fp8)"
+    )
+
+    @property
+    def fp8_gradients(self) -> bool:
+        """Whether gradients go through products in FP8 too, where there are any."""
+        return self.fp8_w8a8_backward != "dense"
 
 
 @dataclass(frozen=True)

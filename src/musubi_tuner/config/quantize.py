@@ -14,14 +14,15 @@ class QuantizeFiles:
     """Files."""
 
     input_model: Path | None = flag(None, "the full-precision checkpoint (required)")
-    output_model: Path | None = flag(None, "the NF4 checkpoint to write (required)")
+    output_model: Path | None = flag(None, "the quantised checkpoint to write (required)")
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
     """Quantising."""
 
-    nf4_block_size: int = flag(32, "weights that share a scale; a power of two from 32 to 2048")
+    format: Literal["nf4", "int8"] = flag("nf4", "for --nf4_base or for --int8_base")
+    nf4_block_size: int = flag(32, "NF4: weights that share a scale; a power of two from 32 to 2048")
     calc_device: Literal["cpu", "cuda"] | None = flag(
         None, "where weights are quantised (not given: cuda if present, else cpu)", values={"gpu": "cuda"}
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig, LatentEncodingConfig
+from .caching import CacheLatentsConfig, CacheTextConfig, DatasetRunConfig, LatentEncodingConfig, ReferenceSizeConfig
 from .rules_common import dtypes, missing, tiles
 from .unavailable import unavailable
 
@@ -52,8 +52,12 @@ def latents(config: CacheLatentsConfig) -> Iterable[str]:
 
 
 def references(config: CacheLatentsConfig) -> Iterable[str]:
-    """Options of references, by the rules of the dataset's keys."""
-    given = config.references
+    """Options of references."""
+    return reference_sizes(config.references)
+
+
+def reference_sizes(given: ReferenceSizeConfig) -> Iterable[str]:
+    """How references are cached, by the rules of the dataset's keys."""
     frames = given.reference_frames
     if frames is not None and (frames < 1 or frames % 8 != 1):
         yield f"--reference_frames {frames}: expected a number of frames of the form 8k + 1 (1, 9, 17, ...)"

@@ -11,6 +11,7 @@ from .memory import (
     CudaConfig,
     MemoryConfig,
     QuantizationConfig,
+    TrainingQuantizationConfig,
 )
 from .network import NetworkConfig
 
@@ -54,15 +55,26 @@ def training(memory: MemoryConfig) -> Iterable[str]:
 
 def quantization(config: QuantizationConfig) -> Iterable[str]:
     """One format, and options of the one that is asked for."""
-    if config.fp8_base and config.nf4_base:
-        yield "--fp8_base and --nf4_base exclude each other; give one"
+    formats = {"fp8_base": config.fp8_base, "int8_base": config.int8_base, "nf4_base": config.nf4_base}
+    given = [f"--{name}" for name, asked in formats.items() if asked]
+    if len(given) > 1:
+        yield f"{' and '.join(given)} exclude each other; give one"
     if config.fp8_scaled and not config.fp8_base:
         yield "--fp8_scaled needs --fp8_base"
-    if config.quantize_device is not None and not (config.fp8_base or config.nf4_base):
-        yield "--quantize_device needs --fp8_base or --nf4_base"
+    if config.fp8_w8a8 and not config.fp8_base:
+        yield "--fp8_w8a8 needs --fp8_base"
+    if config.quantize_device is not None and not given:
+        yield "--quantize_device needs --fp8_base, --int8_base or --nf4_base"
     if config.nf4_block_size != QuantizationConfig().nf4_block_size and not config.nf4_base:
         yield "--nf4_block_size needs --nf4_base"
     yield from nf4_block_size(config.nf4_block_size)
+
+
+def training_quantization(config: TrainingQuantizationConfig) -> Iterable[str]:
+    """The same, and what only training has."""
+    yield from quantization(config)
+    if config.fp8_w8a8_backward is not None and not config.fp8_w8a8:
+        yield "--fp8_w8a8_backward needs --fp8_w8a8"
 
 
 def loftq(config: CalibrationConfig, base: QuantizationConfig, network: NetworkConfig) -> Iterable[str]:

@@ -25,6 +25,10 @@ def _files(config: QuantizeModelConfig) -> Iterable[str]:
 def _options(config: QuantizeModelConfig) -> Iterable[str]:
     options = config.options
     yield from nf4_block_size(options.nf4_block_size)
+    if options.format != "nf4" and options.nf4_block_size != QuantizeOptions().nf4_block_size:
+        yield "--nf4_block_size needs --format nf4"
+    if options.format != "nf4" and options.loftq_init:
+        yield "--loftq_init needs --format nf4"
     yield from loftq_iterations(options.loftq_iters)
     if options.network_dim < 0:
         yield f"--network_dim: expected 0 or more, got {options.network_dim}"

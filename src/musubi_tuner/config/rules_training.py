@@ -7,7 +7,7 @@ from typing import Any
 
 from .network import LYCORIS, NetworkConfig
 from .rules_common import dtypes, file_name, folder, missing, samples
-from .rules_memory import awq, blocks, compilation, gpu, loftq, quantization
+from .rules_memory import awq, blocks, compilation, gpu, loftq, training_quantization
 from .rules_memory import training as training_memory
 from .rules_optimizer import optimizer_combinations, optimizer_ranges
 from .rules_references import references
@@ -189,7 +189,7 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     yield from lycoris(network)
     yield from blocks(config.memory)
     yield from training_memory(config.memory)
-    yield from quantization(config.quantization)
+    yield from training_quantization(config.quantization)
     yield from loftq(config.calibration, config.quantization, config.network)
     yield from awq(config.calibration, config.quantization)
     yield from compilation(config.compilation)

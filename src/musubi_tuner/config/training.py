@@ -8,7 +8,7 @@ from .compatibility import CompatibilityConfig
 from .data import DataConfig
 from .hub import HubConfig
 from .losses import AudioLossConfig, LossConfig
-from .memory import CalibrationConfig, CompileConfig, CudaConfig, MemoryConfig, QuantizationConfig
+from .memory import CalibrationConfig, CompileConfig, CudaConfig, MemoryConfig, TrainingQuantizationConfig
 from .model import CheckpointConfig, GemmaConfig, PrecisionConfig, VersionConfig
 from .network import NetworkConfig
 from .optimizer import OptimizerConfig
@@ -30,7 +30,7 @@ class TrainNetworkConfig:
     gemma: GemmaConfig = GemmaConfig()
     precision: PrecisionConfig = PrecisionConfig()
     memory: MemoryConfig = MemoryConfig()
-    quantization: QuantizationConfig = QuantizationConfig()
+    quantization: TrainingQuantizationConfig = TrainingQuantizationConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     compilation: CompileConfig = CompileConfig()
     cuda: CudaConfig = CudaConfig()

@@ -45,6 +45,10 @@ FORMAT_VERSION = "1.0.1"
 # Metadata of a clip: how its video was cut. Not what the clip holds, but which others should be there.
 EXTRACTION_KEY = "frame_extraction"
 
+# Metadata of pictures: the version of the decoding and resizing before the encoder. Caches without it, or of an
+# earlier one, were made of pixels that differ by about one level of 255: too little to make them again.
+PREPARATION_KEY, PREPARATION = "preparation", "2"
+
 CacheKind = Literal["latents", "audio", "text", "dino", "mask"]
 Grid = tuple[int, int, int]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -12,24 +12,38 @@ from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.model import Mode
 
+from . import companions
 from .buckets import latent_frames, reference_scale
 from .cache import (
     AudioHeader,
     CacheName,
     Grid,
     LatentHeader,
+    MaskHeader,
     list_caches,
     read_audio_header,
     read_latent_header,
     read_mask_header,
 )
+from .companion_rules import SOURCE_DIRECTORIES
 from .entries import DatasetEntry
 from .items import MODALITIES, CacheProblem
+from .source_changes import SourceChanges
+from .sources import SourceItem
 
 Header = TypeVar("Header")
 
 # What may be missing, as messages name it.
-REFERENCE, REFERENCE_SOUND, SOUND, MASK = "reference", "reference sound", "sound", "mask"
+REFERENCE, REFERENCE_SOUND, MASK = "cached reference", "cached reference sound", "cached mask"
+SOUND = "cached sound (which a reference needs)"
+
+
+# What is made of the files of which directories; caches of a directory that is not there are taken as they are.
+_DIRECTORIES: Mapping[str, tuple[str, ...]] = {
+    "reference": ("reference_directory", "control_directory"),
+    "reference sound": ("reference_audio_directory",),
+    "mask": ("mask_directory", "audio_mask_directory"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,7 @@ class Companions:
     reference_audio: Path | None = None
     reference_audio_header: AudioHeader | None = None
     mask: Path | None = None
+    mask_header: MaskHeader | None = None
     mask_parts: AV[bool] = field(default_factory=AV)
 
     @property
@@ -60,12 +75,26 @@ class CompanionSearch:
         mode: of the run.
         references: modalities whose references are trained with; others are not looked for.
         cached: the caches of the targets, among which the masks lie.
+        items: the sources of the targets by stem, whose references and masks must still be there; ``None`` = they are
+            not known, so the caches are taken as they are.
+        changes: holds files against the metadata of caches.
     """
 
     def __init__(
-        self, entry: DatasetEntry, mode: Mode, references: Collection[Modality], cached: Mapping[CacheName, Path]
+        self,
+        entry: DatasetEntry,
+        mode: Mode,
+        references: Collection[Modality],
+        cached: Mapping[CacheName, Path],
+        items: Mapping[str, SourceItem] | None,
+        changes: SourceChanges,
     ) -> None:
         self.entry = entry
+        self.items = items
+        self.changes = changes
+        absent = [name for name in SOURCE_DIRECTORIES if (d := getattr(entry, name)) is not None and not d.is_dir()]
+        self.unknown = {what for what, names in _DIRECTORIES.items() if set(names) & set(absent)}
+        self.files = _files(replace(entry, **dict.fromkeys(absent)), mode, references, items)
         self.cached = cached
         self.references = _names(entry.reference_cache_directory if "video" in references else None)
         self.sounds = _names(entry.reference_audio_cache_directory if "audio" in references else None)
@@ -77,8 +106,9 @@ class CompanionSearch:
         self.missing: dict[str, list[str]] = defaultdict(list)  # what, to the names of items
         self.problems: list[CacheProblem] = []
 
-    def find(self, name: CacheName, latents: LatentHeader, audio: AudioHeader | None) -> Companions | None:
-        """What belongs to one target; ``None`` if something is missing or damaged, which is noted."""
+    def find(self, stem: str, name: CacheName, latents: LatentHeader, audio: AudioHeader | None) -> Companions | None:
+        """What belongs to one target, of the source ``stem``; ``None`` if something is missing or damaged, which is
+        noted."""
         found: Companions | None = Companions()
         if self.references is not None:
             found = self._with_reference(found, name, latents)
@@ -86,7 +116,25 @@ class CompanionSearch:
             found = self._with_reference_sound(found, name, audio)
         if found is not None and self.masked:
             found = self._with_mask(found, name, latents, audio)
+        if found is not None and self.items is not None and stem in self.items and not self.entry.cache_only:
+            return found if self._check_files(self.files.of(self.items[stem]), found, name) else None
         return found
+
+    def found_wrong(self, name: CacheName) -> bool:
+        """Whether a problem of this target was noted."""
+        return any(problem.name == name.base for problem in self.problems)
+
+    def _check_files(self, files: companions.Companions, found: Companions, name: CacheName) -> bool:
+        """Whether the files that ``found`` was made of are all there; those that changed are noted as problems."""
+        for made in _made_of(files, found):
+            if "source_size" not in made.metadata or made.what in self.unknown:  # of other programs, or not here
+                continue
+            if any(path is None for path in made.paths):
+                self._lacks(f"{made.what} any more", name)
+                return False
+            if made.paths and self.changes.differs(made.metadata, *made.paths):  # type: ignore[arg-type]
+                self._problem(f"the {made.what} is another file than when it was cached", name)
+        return True
 
     def _with_reference(self, found: Companions, name: CacheName, latents: LatentHeader) -> Companions | None:
         path = _first(self.references, name, CacheName(name.base, "latents"))
@@ -125,7 +173,9 @@ class CompanionSearch:
             if shapes[modality] != targets[modality]:
                 cause = f"the {modality} mask has the shape {shapes[modality]}, the target {targets[modality]}"
                 self._problem(cause, name)
-        return replace(found, mask=path, mask_parts=AV(**dict.fromkeys(parts, True))) if parts else found
+        if not parts:
+            return found
+        return replace(found, mask=path, mask_header=header, mask_parts=AV(**dict.fromkeys(parts, True)))
 
     def _header(self, read: Callable[[Path], Header], path: Path, name: CacheName) -> Header | None:
         try:
@@ -168,6 +218,46 @@ def reference_mismatch(entry: DatasetEntry, target: LatentHeader, reference: Lat
         wanted = f"reference_frames {entry.reference_frames} gives {frames}"
         return f"references have {reference.grid[0]} latent frames, {wanted}"
     return None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A cache by the files that it was made of, in the order of their stamp; ``None`` = that file is gone."""
+
+    what: str
+    paths: tuple[Path | None, ...]
+    metadata: Mapping[str, str]
+
+
+def _made_of(files: companions.Companions, found: Companions) -> Iterator[_Made]:
+    if found.reference_header is not None:
+        yield _Made("reference", files.references or (None,), found.reference_header.metadata)
+    if found.reference_audio_header is not None:
+        yield _Made("reference sound", (files.reference_audio,), found.reference_audio_header.metadata)
+    if found.mask_header is None:
+        return
+    both = AV(files.mask, files.audio_mask)
+    header, used = found.mask_header, found.mask_parts
+    shapes = {"video": header.grid, "audio": header.audio_steps}
+    paths = {modality: both[modality] for modality, shape in shapes.items() if shape is not None}
+    # The file of a part that this mode does not read may be gone: then the stamp of both cannot be compared.
+    if any(path is None and not used[modality] for modality, path in paths.items()):
+        paths = {modality: path for modality, path in paths.items() if used[modality] and path is None}
+    yield _Made("mask", tuple(paths.values()), header.metadata)
+
+
+def _files(
+    entry: DatasetEntry, mode: Mode, references: Collection[Modality], items: Mapping[str, SourceItem] | None
+) -> companions.CompanionListing:
+    """The references that are trained with, and the masks."""
+    if items is None or entry.cache_only:
+        return companions.CompanionListing()
+    used = replace(
+        entry,
+        reference_cache_directory=entry.reference_cache_directory if "video" in references else None,
+        reference_audio_cache_directory=entry.reference_audio_cache_directory if "audio" in references else None,
+    )
+    return companions.find_companions(used, list(items.values()), mode)
 
 
 def _names(directory: Path | None) -> dict[CacheName, Path] | None:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
 from musubi_tuner.common.av import AV, Modality
 from musubi_tuner.common.errors import ConfigErrors, UserError
-from musubi_tuner.common.tables import format_table
 from musubi_tuner.config.model import Mode
 
-from .buckets import IMAGE_FPS, audio_bucket_step, bucket_sizes, pixel_frames, pixel_size
+from .buckets import IMAGE_FPS, audio_bucket_step
 from .cache import (
     EXTRACTION_KEY,
     AudioHeader,
@@ -31,13 +29,15 @@ from .cache import (
     read_text_header,
     split_clip_base,
 )
-from .companion_caches import SOUND, Companions, CompanionSearch
+from .companion_caches import Companions, CompanionSearch
 from .entries import DatasetConfig, DatasetEntry
-from .fingerprint import cached_settings, encoder_record, short_list, source_stamp
-from .frames import can_start_at
-from .items import MODALITIES, CachedDataset, CachedItem, CacheProblem, MadeBy, Repair, TrainingSet
+from .find import Find, counts_report, explain_empty, remarks
+from .fingerprint import cached_settings, encoder_record
+from .items import CachedDataset, CachedItem, CacheProblem, MadeBy, Repair, TrainingSet
 from .listed_files import ListedFiles
-from .sources import list_items
+from .mismatch import latents_mismatch, text_mismatch
+from .source_changes import SourceChanges
+from .sources import SourceItem, list_items
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,11 @@ def discover(
     finds = [CacheSearch(entry, mode, references).run() for entry in entries]
     empty = [find for find in finds if not find.items and not find.problems]
     if empty:
-        raise ConfigErrors([_explain_empty(find) for find in empty], f"{config.path}: no cached items")
-    for line in _report(finds, mode, "validation" if validation else "training"):
+        raise ConfigErrors([explain_empty(find) for find in empty], f"{config.path}: no cached items")
+    for line in counts_report(finds, mode, "validation" if validation else "training"):
         logger.info(line)
     for find in finds:
-        for warning in _warnings(find, mode):
+        for warning in remarks(find, mode):
             logger.warning("%s: %s", find.entry.label, warning)
     return TrainingSet(
         mode,
@@ -86,48 +86,31 @@ def discover(
 # --- one dataset --------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Find:
-    """What was found of one dataset, stage by stage; names are base names."""
-
-    entry: DatasetEntry
-    sources: int | None = None  # None: the sources are not there, every cache counts
-    items: list[CachedItem] = field(default_factory=list)
-    problems: list[CacheProblem] = field(default_factory=list)
-    latents: int = 0
-    texts: int = 0
-    strangers: list[str] = field(default_factory=list)  # no item of the dataset has this name
-    leftovers: list[str] = field(default_factory=list)  # from other settings, beside a current cache
-    uncached: list[str] = field(default_factory=list)  # sources without latents
-    textless: list[str] = field(default_factory=list)
-    soundless: list[str] = field(default_factory=list)
-    cut_otherwise: list[str] = field(default_factory=list)  # sources of which clips may be missing
-    incomplete: Mapping[str, list[str]] = field(default_factory=dict)  # without a reference or mask: what, to names
-    changed: list[str] = field(default_factory=list)  # since the manifest was saved
-    uncaptioned: int = 0
-
-
 class CacheSearch:
     """Finds the cached items of one dataset."""
 
     def __init__(self, entry: DatasetEntry, mode: Mode, references: Collection[Modality] = ()) -> None:
         self.entry = entry
         self.mode = mode
-        self.found = _Find(entry)
+        self.found = Find(entry)
         present = list_caches(entry.cache_directory)
         self.listed = None if entry.files is None else ListedFiles(entry.files)
         self.names = {n: path for n, path in present.items() if self.listed is None or n in self.listed}
         self.strangers = [n for n in present if n not in self.names and n.kind == "latents"]
-        self.companions = CompanionSearch(entry, mode, references, self.names)
-        self._paths: dict[str, Path] = {}  # of the sources, by stem
+        self.changes = SourceChanges()
+        self._items: dict[str, SourceItem] = {}  # the sources, by stem
         self.captions = self._captions()
+        self.companions = CompanionSearch(
+            entry, mode, references, self.names, None if self.captions is None else self._items, self.changes
+        )
         self._texts: dict[Path, TextHeader | None] = {}
 
-    def run(self) -> _Find:
+    def run(self) -> Find:
         for stem, name, header in self.current_clips():
             self._add_item(stem, name, header)
         self.found.incomplete = self.companions.missing
         self.found.problems += self.companions.problems
+        self.found.redated = self.changes.redated
         self._note_missing()
         return self.found
 
@@ -159,7 +142,7 @@ class CacheSearch:
         listing = list_items(self.entry)
         self.found.sources = len(listing.items) + len(listing.problems)
         self.found.uncaptioned = len(listing.problems)
-        self._paths = {item.stem: item.path for item in listing.items}
+        self._items = {item.stem: item for item in listing.items}
         return {item.stem: item.caption for item in listing.items}
 
     def _stem(self, name: CacheName) -> str:
@@ -206,12 +189,8 @@ class CacheSearch:
         return [one for one in current if one[0] in kept], [name.base for name, _ in current if name not in kept]
 
     def _rank(self, name: CacheName, header: LatentHeader) -> tuple[bool, int]:
-        source = self._paths.get(self._stem(name))
-        try:
-            stamp = source_stamp(source) if source else {}
-        except OSError:
-            stamp = {}
-        of_today = all(header.metadata.get(key) == value for key, value in stamp.items())
+        source = self._items.get(self._stem(name))
+        of_today = source is None or self.changes.is_of_today(header.metadata, source.path)
         return of_today, self.names[name].stat().st_mtime_ns
 
     def _cut_otherwise(self, clips: list[LatentHeader]) -> bool:
@@ -230,7 +209,10 @@ class CacheSearch:
         if audio is None and self.mode == "audio":
             self.found.problems.append(CacheProblem("audio latents are missing", name.base, "latents"))
             return
-        companions = self.companions.find(name, latents, audio)
+        if self.is_of_another_source(stem, latents):
+            cause = f"the {self.entry.kind} is another file than when it was cached"
+            self.found.problems.append(CacheProblem(cause, name.base, "latents"))
+        companions = self.companions.find(stem, name, latents, audio)
         if companions is None:
             return
         if audio is None:
@@ -280,6 +262,10 @@ class CacheSearch:
             self._texts[path] = header
         header = self._texts[path]
         return (path, header) if header is not None else None
+
+    def is_of_another_source(self, stem: str, latents: LatentHeader) -> bool:
+        """Whether the file named ``stem`` is not the one that ``latents`` were made of, as far as is known."""
+        return stem in self._items and self.changes.differs(latents.metadata, self._items[stem].path)
 
     def find_text(self, stem: str, base: str) -> CacheName | None:
         """The name of the text cache of a clip; ``None`` if there is none."""
@@ -350,79 +336,7 @@ def _made_by(latents: LatentHeader, audio: AudioHeader | None, text: TextHeader,
     )
 
 
-# --- what a header must agree with --------------------------------------------------------------------------
-
-
-def latents_mismatch(entry: DatasetEntry, mode: Mode, name: CacheName, header: LatentHeader) -> str | None:
-    """Why latents do not belong to a dataset as it is configured now; ``None`` if they do."""
-    if header.has_virtual_grid != (mode == "audio"):
-        made = "audio" if header.has_virtual_grid else "video or av"
-        return f"latents were made in mode {made}, this run is mode {mode}"
-    if mode == "audio":
-        return None
-    if entry.kind == "image":
-        if header.grid[0] != 1:
-            return f"latents have {header.grid[0]} frames in an image dataset"
-    elif cause := _clip_mismatch(entry, name, header):
-        return cause
-    return _bucket_mismatch(entry, header)
-
-
-def _clip_mismatch(entry: DatasetEntry, name: CacheName, header: LatentHeader) -> str | None:
-    count = pixel_frames(header.grid)
-    if entry.frame_extraction == "full":
-        if count > entry.max_frames:
-            return f"latents have {count} frames, max_frames is {entry.max_frames}"
-    elif count not in entry.target_frames:
-        return f"latents have {count} frames, target_frames is {list(entry.target_frames)}"
-    clip = split_clip_base(name.base)
-    if clip and not can_start_at(entry.extraction, clip[1], count):
-        return f"latents start at frame {clip[1]}, where frame_extraction {entry.frame_extraction} takes no clip"
-    metadata = header.metadata
-    fps = metadata.get("target_fps")
-    if fps is not None and float(fps) != entry.target_fps:
-        return f"latents were made with target_fps {float(fps):g}, the configuration says {entry.target_fps:g}"
-    settings = cached_settings(metadata)
-    if "source_fps" in settings and settings["source_fps"] != entry.source_fps:
-        return (
-            f"latents were made with source_fps {settings['source_fps'] or 'detected'}, "
-            f"the configuration says {entry.source_fps or 'detected'}"
-        )
-    return None
-
-
-def _bucket_mismatch(entry: DatasetEntry, header: LatentHeader) -> str | None:
-    size = pixel_size(header.grid)
-    area = entry.resolution[0] * entry.resolution[1]
-    # Other programs choose buckets, or the item's own size, without being asked to.
-    foreign = "cache_key" not in header.metadata
-    if size == entry.resolution:
-        return None
-    if (entry.bucket_no_upscale or foreign) and size[0] * size[1] <= area:
-        return None
-    if entry.enable_bucket and size in bucket_sizes(entry.resolution, entry.bucket_step):
-        return None
-    width, height = entry.resolution
-    with_buckets = " with buckets" if entry.enable_bucket else ""
-    return f"latents have {size[0]}x{size[1]} pixels, resolution is {width}x{height}{with_buckets}"
-
-
-def text_mismatch(mode: Mode, header: TextHeader, caption: str | None) -> str | None:
-    """Why text embeddings do not belong to an item; ``caption`` is ``None`` where it is not known."""
-    missing = [modality for modality in MODALITIES[mode] if header.widths[modality] is None]
-    made_in_video = header.metadata.get("ltx2_mode") == "video"
-    if missing and (header.legacy_width is None or header.widths or made_in_video):
-        return f"text embeddings lack the {' and '.join(missing)} part that mode {mode} needs"
-    cached = header.metadata.get("caption1")
-    if caption is not None and cached is not None and "cache_key" in header.metadata and cached != caption:
-        return "captions changed since they were encoded"
-    return None
-
-
-# --- what is said -------------------------------------------------------------------------------------------
-
-
-def _dataset(index: int, find: _Find) -> CachedDataset:
+def _dataset(index: int, find: Find) -> CachedDataset:
     entry = find.entry
     return CachedDataset(
         index=index,
@@ -435,78 +349,3 @@ def _dataset(index: int, find: _Find) -> CachedDataset:
         audio_step=audio_bucket_step(entry.audio_bucket_interval),
         loss_weights=AV(entry.video_loss_weight, entry.audio_loss_weight),
     )
-
-
-def _explain_empty(find: _Find) -> str:
-    """Counts of each stage, and the first thing to do."""
-    entry = find.entry
-    sources = "not read" if find.sources is None else str(find.sources)
-    counts = (
-        f"{entry.label}: sources {sources}, latent caches {find.latents}, text caches {find.texts}, "
-        f"both 0 (in {entry.cache_directory})"
-    )
-    if find.uncaptioned and find.uncaptioned == find.sources:
-        return f"{counts}; no source has a caption file *{entry.caption_extension}"
-    if entry.files is not None:
-        return f"{counts}; the manifest lists no items: cache both latents and text, then save it again"
-    if find.latents == 0:
-        return f"{counts}; run ltx2_cache_latents.py with this configuration"
-    if find.textless:
-        return f"{counts}; run ltx2_cache_text_encoder_outputs.py with this configuration"
-    if find.incomplete:
-        lacks = "; ".join(_incomplete(find))
-        return f"{entry.label}: no item is complete: {lacks}; run ltx2_cache_latents.py with this configuration"
-    return f"{counts}; the caches ({short_list(find.strangers)}) belong to other sources than {entry.source}"
-
-
-def _incomplete(find: _Find) -> Iterable[str]:
-    for what, names in find.incomplete.items():
-        why = " (which a reference needs)" if what == SOUND else ""
-        yield f"no cached {what}{why} for {short_list(names, shown=5)}"
-
-
-def _report(finds: list[_Find], mode: Mode, purpose: str) -> Iterable[str]:
-    rows = []
-    for find in finds:
-        sound = len(find.items) - len(find.soundless)
-        row = [find.entry.label, find.entry.kind, "-" if find.sources is None else find.sources, len(find.items)]
-        rows.append(row + ([] if mode == "video" else [sound]))
-    headers = ["dataset", "kind", "sources", "items", *([] if mode == "video" else ["with sound"])]
-    yield format_table(headers, rows, title=f"cached items for {purpose}, mode {mode}")
-    total = sum(len(find.items) for find in finds)
-    if mode == "av" and total:
-        sound = total - sum(len(find.soundless) for find in finds)
-        yield f"{sound} of {total} items have sound ({sound / total:.0%})"
-
-
-def _warnings(find: _Find, mode: Mode) -> Iterable[str]:
-    entry = find.entry
-    if find.uncached:
-        yield f"no cached latents for {short_list(find.uncached)}; left out"
-    if find.textless:
-        yield f"no cached text for {short_list(find.textless)}; left out (ltx2_cache_text_encoder_outputs.py)"
-    yield from (f"{lacks}; left out (ltx2_cache_latents.py)" for lacks in _incomplete(find))
-    if find.uncaptioned:
-        yield f"{find.uncaptioned} sources without a readable caption; left out"
-    if find.strangers:
-        owner = "no item of this dataset" if entry.files is None else "no item of the manifest"
-        yield f"caches of {owner} are ignored: {short_list(find.strangers)}"
-    if find.changed:
-        yield f"cached again with other sizes since the manifest was saved: {short_list(find.changed)}"
-    if find.leftovers:
-        yield f"caches from other settings are ignored: {short_list(find.leftovers)}"
-    if find.cut_otherwise:
-        yield (
-            f"{short_list(find.cut_otherwise)}: cached with other settings of frame_extraction than "
-            f"{entry.extraction.record!r}, so clips may be missing; run ltx2_cache_latents.py with --skip_existing"
-        )
-    if mode == "av" and entry.kind == "video" and find.items and len(find.soundless) == len(find.items):
-        yield (
-            "no item has cached sound; if the clips have any, run ltx2_cache_latents.py with --ltx2_mode av "
-            "--skip_existing"
-        )
-    if entry.kind == "video" and entry.frame_extraction != "full":
-        counts = {clip[2] for item in find.items if (clip := split_clip_base(item.base))}
-        absent = [frames for frames in entry.target_frames if counts and frames not in counts]
-        if absent:
-            yield f"target_frames {absent}: no cached clip has this length"

@@ -92,6 +92,12 @@ class DatasetConfig:
     path: Path
     made_from: Path | None = None  # of a manifest: the configuration that was cached, if it says so
 
+    @property
+    def reference_downscale(self) -> int | None:
+        """That of the training datasets with references; ``None`` if there are none, or several values."""
+        values = {entry.reference_downscale for entry in self.datasets if entry.reference_cache_directory is not None}
+        return values.pop() if len(values) == 1 else None
+
     def entries(self) -> Iterator[DatasetEntry]:
         """Training entries, then validation entries."""
         yield from self.datasets

@@ -31,16 +31,18 @@ from typing import Any
 
 from musubi_tuner.common.atomic import write_text
 from musubi_tuner.common.errors import ConfigErrors, UserError
+from musubi_tuner.common.tables import count_text
 from musubi_tuner.common.text_files import read_text
 
 from .buckets import pixel_frames, pixel_size
 from .cache import AudioHeader, CacheKind, CacheName, LatentHeader, read_text_header
 from .companion_rules import CACHE_DIRECTORIES, SOURCE_DIRECTORIES, cache_directory_problems
-from .discovery import CacheSearch, text_mismatch
+from .discovery import CacheSearch
 from .entries import DatasetConfig, DatasetEntry
 from .files import ItemFiles
 from .fingerprint import short_list
 from .keys import COMMAND_LINE_DEFAULTS, KEYS, KINDS, SOURCES, show
+from .mismatch import text_mismatch
 from .schema import MANIFEST_FORMAT, Report, command_line_values, parse_entry
 
 logger = logging.getLogger(__name__)
@@ -100,11 +102,12 @@ def _find_cached(entry: DatasetEntry, *, text_is_cached: bool) -> _Cached:
     files, lacking, due = [], [], set()
     for stem, name, latents in search.current_clips():
         audio_path, audio = search.find_audio(name)
-        companions = search.companions.find(name, latents, audio)
+        companions = search.companions.find(stem, name, latents, audio)
         text = search.find_text(stem, name.base)
         current = text is not None and _is_current(search, text, stem)
         without_sound = audio is None and entry.kind == "audio"
-        if (text_is_cached and not current) or without_sound or companions is None:
+        outdated = search.is_of_another_source(stem, latents) or search.companions.found_wrong(name)
+        if (text_is_cached and not current) or without_sound or companions is None or outdated:
             lacking.append(name.base)
             continue
         text = text or CacheName(stem, "text")
@@ -187,7 +190,7 @@ def _portable(path: Path, folder: Path) -> str:
 def _report_saved(path: Path, config: DatasetConfig, found: Mapping[str, _Cached], failures: int) -> None:
     items = sum(len(cached.files) for cached in found.values())
     datasets = len(found)
-    logger.info("%s: lists %d items of %d dataset%s", path, items, datasets, "" if datasets == 1 else "s")
+    logger.info("%s: lists %s of %s", path, count_text(items, "item"), count_text(datasets, "dataset"))
     for entry in config.entries():
         cached = found[entry.label]
         if not cached.files:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from .buckets import SPATIAL_STRIDE, TEMPORAL_STRIDE, Size
-from .clips import frame_rate, frame_times_of, open_frames
 from .entries import DatasetEntry
 from .files import media_kind
 from .frames import ClipWindow, sample_frames
 from .intervals import interval_mask, read_intervals
 from .media import MediaError, read_image
+from .rates import frame_rate, frame_times_of, open_frames
 from .resize import resize_to_bucket
 from .sources import SourceItem
 

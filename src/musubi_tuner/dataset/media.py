@@ -156,6 +156,7 @@ class Video:
             out[...] = resize_to_bucket(self.to_rgb(frame), (out.shape[1], out.shape[0]))
 
     def _check_complete(self, end: float) -> None:
+        _check_extent(self.path, self._stream)
         stated = self.info.duration
         # Some containers count from their own zero, which may lie before the first frame.
         reached = end + max(self.origin, 0.0)
@@ -210,6 +211,19 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     if stream is None or stream.codec_context is None:
         raise MediaError(f"{path}: holds no video stream that can be decoded; remove it from the dataset")
     return stream
+
+
+def _check_extent(path: Path, stream: VideoStream) -> None:
+    """Refuse a file that ends before the last frame of its index (MP4 and MOV with the index in front)."""
+    index = stream.index_entries
+    if not index:
+        return
+    last, size = index[len(index) - 1], path.stat().st_size
+    if last.pos + last.size > size:
+        raise MediaError(
+            f"{path}: its last frame ends at byte {last.pos + last.size} of a file of {size}, so the file is "
+            "truncated; repair or remove it"
+        )
 
 
 def _frame_rate(stream: VideoStream) -> float | None:

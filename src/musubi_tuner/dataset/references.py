@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from .buckets import AUDIO_RATE, TEMPORAL_STRIDE, Size
-from .clips import frame_rate, open_frames, read_sound
+from .clip_sound import read_sound
 from .companions import reference_frames
 from .entries import DatasetEntry
 from .files import media_kind
 from .frames import sample_frames
 from .media import MediaError, read_image
+from .rates import frame_rate, open_frames
 from .resize import resize_to_bucket
 
 

@@ -14,14 +14,10 @@ from torch import Tensor
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.conditioning.intrinsic import first_frame_keep
+from musubi_tuner.conditioning.reference import reference_audio_coords, reference_video_coords
 from musubi_tuner.config.model import Mode
-from musubi_tuner.diffusion.tokens import (
-    AUDIO_STEP_SECONDS,
-    audio_coords,
-    patchify_audio,
-    patchify_video,
-    video_coords,
-)
+from musubi_tuner.dataset.buckets import reference_scale
+from musubi_tuner.diffusion.tokens import audio_coords, patchify_audio, patchify_video, video_coords
 
 from .conditions import SampleLatents
 from .prompts import SamplePrompt
@@ -103,32 +99,15 @@ def _video(prompt: SamplePrompt, latents: SampleLatents, device: torch.device | 
         fixed = first_frame_keep(grid).bool().to(device)
         clean = patchify_video(latents.image.to(device, torch.float32).expand(-1, -1, grid[0], -1, -1))
     if latents.reference is not None:
-        own = tuple(latents.reference.shape[2:])
+        frames, height, width = latents.reference.shape[2:]
+        if reference_scale(grid, (frames, height, width)) is None:
+            raise UserError(
+                f"a video reference of {32 * width}x{32 * height} pixels for samples of {prompt.width}x"
+                f"{prompt.height}: the sample must be a whole number of times as large"
+            )
         reference = patchify_video(latents.reference.to(device, torch.float32))
-        coords = torch.cat([_stretched(video_coords(own, fps), reference_scale(own, grid)), coords], dim=2)
+        coords = torch.cat([reference_video_coords((frames, height, width), grid, fps), coords], dim=2)
     return Conditioned(coords, fixed, clean, reference, fixed_level)
-
-
-def reference_scale(reference: tuple[int, ...], target: tuple[int, ...]) -> int:
-    """How many times larger than a reference a sample is, from their latent (F, H, W).
-
-    Raises:
-        UserError: not the same whole number in both directions.
-    """
-    (_, height, width), (_, rows, columns) = reference, target
-    scale = rows // height
-    if (height * scale, width * scale) != (rows, columns):
-        raise UserError(
-            f"a video reference of {32 * width}x{32 * height} pixels for samples of {32 * columns}x{32 * rows}: the "
-            "sample must be a whole number of times as large"
-        )
-    return scale
-
-
-def _stretched(coords: Tensor, scale: int) -> Tensor:
-    """Rows and columns ``scale`` times as far apart, so that a smaller reference covers the whole picture."""
-    factors = torch.tensor([1.0, scale, scale], device=coords.device)
-    return coords * factors[:, None, None]
 
 
 def _audio(
@@ -138,7 +117,6 @@ def _audio(
     if latents.reference_audio is None:
         return Conditioned(coords)
     reference = patchify_audio(latents.reference_audio.to(device, torch.float32))
-    own = audio_coords(reference.shape[1], 1, device)
-    if negative_positions:
-        own = own - own.max() - AUDIO_STEP_SECONDS
+    steps = reference.shape[1]
+    own = reference_audio_coords(steps, torch.tensor([steps], device=device), negative=negative_positions)
     return Conditioned(torch.cat([own, coords], dim=2), reference=reference)

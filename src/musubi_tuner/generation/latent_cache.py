@@ -19,8 +19,8 @@ from torch import Tensor
 from musubi_tuner.common.atomic import atomic_path
 from musubi_tuner.common.av import Modality
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.dataset.buckets import reference_scale
 
-from .conditioned import reference_scale
 from .conditions import Condition, SampleLatents, conditions_of, named_prompt
 from .prompts import SamplePrompt
 from .sample_media import digest, locate
@@ -166,10 +166,7 @@ def _check_size(condition: Condition, latents: Tensor, prompt: SamplePrompt, whe
     if condition.name == "image":
         fits = shape[2:] == (1, rows, columns)
     else:
-        try:
-            reference_scale(shape[2:], (frames, rows, columns))
-        except UserError:
-            fits = False
+        fits = fits and reference_scale((frames, rows, columns), shape[2:]) is not None
     if not fits:
         raise _Unfit(
             f"{where}: made for {32 * shape[4]}x{32 * shape[3]} pixels and {8 * shape[2] - 7} frames, the prompt has "

@@ -17,6 +17,8 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
 from musubi_tuner.config.model import Mode
 from musubi_tuner.config.sampling import SampleConditioningConfig
+from musubi_tuner.dataset.buckets import SPATIAL_STRIDE, reference_scale
+from musubi_tuner.dataset.clip_sound import read_sound
 from musubi_tuner.dataset.fingerprint import RepairCommands
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.video_vae import Tiling
@@ -24,7 +26,7 @@ from musubi_tuner.models.video_vae import Tiling
 from .conditions import UNCONDITIONED, Condition, SampleLatents, check_conditions, conditions_of, named_prompt
 from .latent_cache import CacheOwner, load_latent_cache
 from .prompts import SamplePrompt
-from .sample_media import locate, read_reference, read_sound, read_still, require_media
+from .sample_media import locate, read_reference, read_still, require_media
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +112,13 @@ def obtain_sample_latents(
     *,
     vaes: VaeSource,
     cache: CacheChoice,
+    reference_downscale: int | None = None,
 ) -> list[SampleLatents]:
     """The latents of every prompt; the VAEs are loaded only where something has to be encoded.
+
+    Args:
+        reference_downscale: how many times the size of their video references samples are, as the LoRA was trained;
+            ``None`` = not known: references of the sample's size are encoded, and any of a cache are used.
 
     Raises:
         UserError: conditions that the mode cannot use, missing or damaged files, a cache made for something else.
@@ -121,16 +128,38 @@ def obtain_sample_latents(
         return [UNCONDITIONED] * len(prompts)
     if cache.chosen is not None:
         logger.info("conditioning of samples: read from %s", cache.chosen)
-        return load_latent_cache(cache.chosen, prompts, prompt_file, rebuild=cache.rebuild, owner=vaes.owner())
+        latents = load_latent_cache(cache.chosen, prompts, prompt_file, rebuild=cache.rebuild, owner=vaes.owner())
+        if reference_downscale is not None:
+            _check_scale(cache, prompts, latents, reference_downscale)
+        return latents
     require_media(prompts, prompt_file)
-    return encode_with(vaes, prompts, prompt_file)
+    return encode_with(vaes, prompts, prompt_file, reference_downscale=reference_downscale or 1)
 
 
-def encode_with(vaes: VaeSource, prompts: Sequence[SamplePrompt], prompt_file: Path | None) -> list[SampleLatents]:
+def _check_scale(
+    cache: CacheChoice, prompts: Sequence[SamplePrompt], latents: Sequence[SampleLatents], downscale: int
+) -> None:
+    for index, (prompt, one) in enumerate(zip(prompts, latents, strict=True)):
+        if one.reference is None:
+            continue
+        frames, height, width = one.reference.shape[2:]
+        found = reference_scale(prompt.latent_grid, (frames, height, width))
+        if found != downscale:
+            raise UserError(
+                f"{cache.chosen}: {named_prompt(index, prompt)}: its video reference was encoded for "
+                f"reference_downscale {found}, the LoRA has {downscale}; rebuild it: {cache.rebuild}"
+            )
+
+
+def encode_with(
+    vaes: VaeSource, prompts: Sequence[SamplePrompt], prompt_file: Path | None, *, reference_downscale: int = 1
+) -> list[SampleLatents]:
     """Encode what the prompts name with VAEs that are loaded for it and gone afterwards."""
     wanted = {condition.modality for prompt in prompts for condition, _ in conditions_of(prompt)}
     video_vae, audio_vae = _load(vaes, wanted)
-    latents = encode_sample_latents(prompts, prompt_file, video_vae=video_vae, audio_vae=audio_vae)
+    latents = encode_sample_latents(
+        prompts, prompt_file, video_vae=video_vae, audio_vae=audio_vae, reference_downscale=reference_downscale
+    )
     del video_vae, audio_vae
     gc.collect()
     if vaes.device.type == "cuda":
@@ -163,6 +192,7 @@ def encode_sample_latents(
     *,
     video_vae: Encoder | None,
     audio_vae: Encoder | None,
+    reference_downscale: int = 1,
 ) -> list[SampleLatents]:
     """Encode the images, references and sounds of the prompts, each at its prompt's size.
 
@@ -170,6 +200,7 @@ def encode_sample_latents(
         prompts: with sizes rounded down.
         prompt_file: relative names are looked for beside it first.
         video_vae, audio_vae: needed where a prompt names pictures or sound.
+        reference_downscale: video references have the prompt's size divided by it.
 
     Raises:
         UserError: a file that cannot be decoded or encoded, with its prompt.
@@ -181,7 +212,7 @@ def encode_sample_latents(
             vae = video_vae if condition.modality == "video" else audio_vae
             assert vae is not None
             try:
-                content = _read(condition, locate(text, prompt_file), prompt)
+                content = _read(condition, locate(text, prompt_file), prompt, reference_downscale)
             except UserError as error:
                 raise UserError(f"{named_prompt(index, prompt)}: {condition.option}: {error}") from error
             found[condition.name] = _encoded(vae, content)
@@ -194,13 +225,20 @@ def encode_sample_latents(
     return results
 
 
-def _read(condition: Condition, path: Path, prompt: SamplePrompt) -> np.ndarray:
+def _read(condition: Condition, path: Path, prompt: SamplePrompt, downscale: int) -> np.ndarray:
     size = prompt.width, prompt.height
     if condition.name == "image":
         return read_still(path, size)
     if condition.name == "reference":
-        return read_reference(path, size, frames=prompt.frame_count, fps=prompt.frame_rate)
-    return read_sound(path)
+        step = SPATIAL_STRIDE * downscale
+        if any(side % step for side in size):
+            raise UserError(
+                f"with reference_downscale {downscale} width and height must be multiples of {step}, got "
+                f"{size[0]}x{size[1]}"
+            )
+        smaller = size[0] // downscale, size[1] // downscale
+        return read_reference(path, smaller, frames=prompt.frame_count, fps=prompt.frame_rate)
+    return read_sound(path, advice="name another file")
 
 
 def _encoded(vae: Encoder, content: np.ndarray) -> Tensor:

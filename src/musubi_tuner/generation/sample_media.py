@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from musubi_tuner.common.errors import ConfigErrors, UserError
-from musubi_tuner.dataset.audio import AudioTrack, NoAudio, to_16k
-from musubi_tuner.dataset.buckets import AUDIO_RATE, SHORTEST_SOUND, Size
+from musubi_tuner.dataset.buckets import Size
 from musubi_tuner.dataset.clips import iter_clips
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.files import media_kind
@@ -98,20 +97,3 @@ def read_reference(path: Path, size: Size, *, frames: int, fps: float) -> np.nda
     (clip,) = iter_clips(item, entry, with_audio=False)
     assert clip.pixels is not None
     return clip.pixels
-
-
-def read_sound(path: Path) -> np.ndarray:
-    """float32 ``[2, S]`` at 16 kHz: the whole sound, of its true length.
-
-    Raises:
-        UserError: no sound in it, too short a one, or damaged.
-    """
-    with AudioTrack(path) as track:
-        samples = track.read_all()
-    if isinstance(samples, NoAudio):
-        raise UserError(f"{path}: {samples.reason}; name a file with sound")
-    waveform = to_16k(samples, track.rate)
-    if waveform.shape[1] < SHORTEST_SOUND:
-        raise UserError(f"{path}: {waveform.shape[1]} samples of sound, at least {SHORTEST_SOUND} are needed "
-                        f"({1000 * SHORTEST_SOUND / AUDIO_RATE:.0f} ms)")  # fmt: skip
-    return waveform

@@ -38,6 +38,7 @@ from .text_encoding import load_encoder_and_encode
 logger = logging.getLogger(__name__)
 
 Adapter = LoraReader | LycorisReader
+_DOWNSCALE_KEYS = ("reference_downscale_factor", "ss_reference_downscale_factor")  # of a LoRA's metadata
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -84,8 +85,14 @@ def generate(config: GenerateVideoConfig) -> int:
     vaes = VaeSource(
         checkpoint, video_vae, dtype=parse_dtype(options.vae_dtype), device=device, tiling=decode_tiling(config.decode)
     )
+    downscale = reference_downscale(loras)
     latents = obtain_sample_latents(
-        prompts, options.sample_prompts, settings.generated, vaes=vaes, cache=_latent_cache(config)
+        prompts,
+        options.sample_prompts,
+        settings.generated,
+        vaes=vaes,
+        cache=_latent_cache(config, downscale),
+        reference_downscale=downscale,
     )
     encoded = _encoded(config, checkpoint, prompts, device=device, dtype=dtype)
     transformer, _ = assemble_transformer(
@@ -164,6 +171,27 @@ def open_loras(paths: Sequence[Path], checkpoint: Checkpoint) -> list[Adapter]:
     return loras
 
 
+def reference_downscale(loras: Sequence[LoraReader]) -> int | None:
+    """How many times the size of their video references the LoRAs make samples, if they say so.
+
+    Raises:
+        UserError: they say different things, or no number.
+    """
+    said: dict[int, Path] = {}
+    for lora in loras:
+        texts = (lora.metadata.get(key) for key in _DOWNSCALE_KEYS)
+        text = next((text for text in texts if text is not None), None)
+        if text is None:
+            continue
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError(f"{lora.path}: its metadata have {_DOWNSCALE_KEYS[0]} {text!r}, expected a number >= 1")
+        said[int(text)] = lora.path
+    if len(said) > 1:
+        found = ", ".join(f"{value} ({path.name})" for value, path in said.items())
+        raise UserError(f"the LoRAs have different sizes of references: {found}; use those of one")
+    return next(iter(said), None)
+
+
 def apply_loras(
     transformer: LTX2Transformer, loras: Sequence[Adapter], multipliers: Sequence[float], device: torch.device
 ) -> None:
@@ -183,10 +211,11 @@ def apply_loras(
         logger.info("%s x %g: %s", lora.path.name, multiplier, network.describe())
 
 
-def _latent_cache(config: GenerateVideoConfig) -> CacheChoice:
+def _latent_cache(config: GenerateVideoConfig, downscale: int | None) -> CacheChoice:
     options = config.generate
     commands = RepairCommands(None, config.checkpoint.ltx2_checkpoint, mode=config.checkpoint.ltx2_mode)
     sizes = {name: getattr(options, name) for name in ("width", "height", "sample_num_frames")}
+    sizes |= {"reference_downscale": downscale} if (downscale or 1) > 1 else {}
     return cache_choice(config.conditioning, options.sample_prompts, commands, sizes=sizes)
 
 

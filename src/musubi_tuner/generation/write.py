@@ -19,6 +19,8 @@ from musubi_tuner.common.errors import UserError
 from .decode import Sound
 
 _CRF = "17"  # nearly transparent, so that artefacts on screen are the model's
+# x264's propagation of quality along time (macroblock tree) gives other bytes in each run for the same frames.
+_REPEATABLE = "mbtree=0"
 _BT709 = 1
 _LIMITED_RANGE = 1
 _AUDIO_FRAME = 1024  # samples a frame of AAC
@@ -86,7 +88,7 @@ def _video_stream(container: OutputContainer, frames: Tensor, rate: Fraction) ->
     stream = container.add_stream(codec, rate=rate)
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = "yuv420p"
-    stream.options = {"crf": _CRF}
+    stream.options = {"crf": _CRF, "x264-params": _REPEATABLE}
     context = stream.codec_context
     # Untagged, players guess the colours by the size of the picture.
     context.colorspace = context.color_primaries = context.color_trc = _BT709

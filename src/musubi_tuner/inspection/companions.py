@@ -54,8 +54,14 @@ class Accompanied:
     findings: tuple[Finding, ...] = ()
 
 
-def look_at(companions: Companions, entry: DatasetEntry, mode: Mode, first: PreparedClip) -> Accompanied:
-    """Decode what accompanies ``first``, the first clip of its item. A damaged file becomes a finding."""
+def look_at(
+    companions: Companions, entry: DatasetEntry, mode: Mode, first: PreparedClip, seconds: float | None
+) -> Accompanied:
+    """Decode what accompanies ``first``, the first clip of its item. A damaged file becomes a finding.
+
+    Args:
+        seconds: of a reference sound that are used; ``None`` = the whole.
+    """
     views: list[CompanionView] = []
     findings = [
         Finding(f"no {role}", f"no {role} is found", "error" if role.startswith("reference") else "warning")
@@ -65,7 +71,7 @@ def look_at(companions: Companions, entry: DatasetEntry, mode: Mode, first: Prep
         if not part(companions, role):
             continue
         try:
-            views.append(_view(role, companions, entry, first))
+            views.append(_view(role, companions, entry, first, seconds))
         except (UserError, OSError) as error:
             findings.append(Finding(f"unreadable {role}", str(error), "error"))
     return Accompanied(tuple(views), tuple(findings))
@@ -94,15 +100,17 @@ def log_companions(entry: DatasetEntry, mode: Mode, items: Sequence[SourceItem])
     return sum(map(len, companions.missing.values()))
 
 
-def _view(role: Role, companions: Companions, entry: DatasetEntry, clip: PreparedClip) -> CompanionView:
+def _view(
+    role: Role, companions: Companions, entry: DatasetEntry, clip: PreparedClip, seconds: float | None
+) -> CompanionView:
     if role == "reference":
         return _reference(companions.references, entry, clip)
     if role == "reference audio":
         assert companions.reference_audio is not None
-        waveform = read_reference_sound(companions.reference_audio, None)
-        seconds = waveform.shape[1] / AUDIO_RATE
+        waveform = read_reference_sound(companions.reference_audio, seconds)
+        used = waveform.shape[1] / AUDIO_RATE
         return CompanionView(
-            f"reference audio {companions.reference_audio.name}: {seconds:.2f} s", wave=wave_bars(waveform)
+            f"reference audio {companions.reference_audio.name}: {used:.2f} s", wave=wave_bars(waveform)
         )
     if role == "mask":
         assert companions.mask is not None

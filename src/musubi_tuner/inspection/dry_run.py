@@ -17,30 +17,24 @@ from musubi_tuner.common.devices import choose_device
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.log import quiet
 from musubi_tuner.common.progress import progress
-from musubi_tuner.common.tables import format_bytes, format_table
+from musubi_tuner.common.tables import count_text, format_bytes, format_table
 from musubi_tuner.config.caching import CacheLatentsConfig
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import AUDIO_RATE, audio_latent_length, latent_grid
 from musubi_tuner.dataset.cache import CacheName, list_caches
-from musubi_tuner.dataset.clips import (
-    AudioSource,
-    ItemPlan,
-    PreparedClip,
-    base_name,
-    iter_clips,
-    plan_item,
-    require_files,
-)
+from musubi_tuner.dataset.clip_sound import AudioSource
+from musubi_tuner.dataset.clips import PreparedClip, base_name, iter_clips, require_files
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.frames import ClipWindow
 from musubi_tuner.dataset.media import MediaError
+from musubi_tuner.dataset.plan import ItemPlan, plan_item
 from musubi_tuner.dataset.references import reference_shape
 from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
 from musubi_tuner.models.checkpoint import Checkpoint
 
 from .companions import log_companions
 from .examine import unreadable
-from .report import count_text, time_text
+from .report import time_text
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +71,13 @@ def run_dry_run(config: CacheLatentsConfig) -> int:
     )
     workers = config.dataset.num_workers or default_workers()
     rate = config.without.encode_rate
-    with quiet("musubi_tuner.dataset.clips"):
+    with quiet("musubi_tuner.dataset.rates", "musubi_tuner.dataset.clip_sound"):
         estimates = [_estimate(e, config, mode, workers) for e in datasets.entries() if e.source is not None]
         logger.info("%s", _table(estimates))
+        logger.info(
+            "judged by the headers of the files: damage inside them shows only when they are decoded, which "
+            "ltx2_inspect_dataset.py does"
+        )
         if rate is None and config.checkpoint.ltx2_checkpoint is not None and mode != "audio":
             rate = _timed_rate(config, datasets)
     _log_time(estimates, rate, workers)

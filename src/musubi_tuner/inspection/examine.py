@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import Size, audio_latent_length, latent_grid
-from musubi_tuner.dataset.clips import AudioSource, ItemPlan, PreparedClip, iter_clips, plan_item, require_files
+from musubi_tuner.dataset.clip_sound import AudioSource
+from musubi_tuner.dataset.clips import PreparedClip, iter_clips, require_files
 from musubi_tuner.dataset.companions import Companions
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.frames import ClipWindow
+from musubi_tuner.dataset.plan import ItemPlan, plan_item
 from musubi_tuner.dataset.sources import SourceItem
 
 from .companions import Accompanied, CompanionView, look_at
@@ -89,8 +91,13 @@ def examine(
     mode: Mode,
     audio_source: AudioSource,
     companions: Companions = Companions(),  # noqa: B008 (frozen)
+    reference_seconds: float | None = None,
 ) -> ItemReport:
-    """Decode an item clip by clip, with what accompanies the first. A damaged file becomes a finding."""
+    """Decode an item clip by clip, with what accompanies the first. A damaged file becomes a finding.
+
+    Args:
+        reference_seconds: of a reference sound that are used; ``None`` = the whole.
+    """
     findings = list(caption_findings(item.caption))
     clips: list[ClipReport] = []
     plan: ItemPlan | None = None
@@ -109,7 +116,7 @@ def examine(
             if item.path.is_dir() and not clips:
                 findings += _order_findings(clip)
             if not clips:
-                accompanied = look_at(companions, entry, mode, clip)
+                accompanied = look_at(companions, entry, mode, clip, reference_seconds)
             clips.append(_clip_report(clip, timing, pictures=len(clips) < CLIPS_SHOWN))
         findings += _length_findings(entry, plan, clips)
     except UserError as error:

@@ -19,7 +19,8 @@ from musubi_tuner.common.text_files import read_text
 from musubi_tuner.config.caching import CacheLatentsConfig
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import AUDIO_RATE, audio_latent_length, latent_grid
-from musubi_tuner.dataset.clips import AudioSource, PreparedClip, iter_clips
+from musubi_tuner.dataset.clip_sound import AudioSource
+from musubi_tuner.dataset.clips import PreparedClip, iter_clips
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.sources import SourceItem, list_items, summarize_problems
 from musubi_tuner.generation.decode import Sound

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from musubi_tuner.common.tables import format_table
+from musubi_tuner.common.tables import count_text, format_table
 from musubi_tuner.config.model import Mode
 from musubi_tuner.dataset.buckets import audio_bucket_step, quantize_audio_length
 from musubi_tuner.dataset.entries import DatasetEntry
@@ -164,11 +164,6 @@ def group_line(group: FindingGroup) -> str:
     ]
     more = f" and {len(group.items) - _NAMES_SHOWN} more" if len(group.items) > _NAMES_SHOWN else ""
     return f"{group.kind}: {count_text(len(group.items), 'file')}: {', '.join(shown)}{more}"
-
-
-def count_text(number: int, noun: str) -> str:
-    """``1 file``, ``2 files``"""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def time_text(seconds: float) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from musubi_tuner.caching.pipeline import Failed, default_workers, read_ahead
@@ -12,7 +13,7 @@ from musubi_tuner.common.log import quiet
 from musubi_tuner.common.progress import progress
 from musubi_tuner.config.inspect import InspectConfig
 from musubi_tuner.config.model import Mode
-from musubi_tuner.dataset.clips import AudioSource
+from musubi_tuner.dataset.clip_sound import AudioSource
 from musubi_tuner.dataset.companions import find_companions
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.schema import check_mode, load_dataset_config
@@ -39,20 +40,28 @@ def run_inspection(config: InspectConfig) -> int:
     """
     flags, audio = config.inspect, config.audio
     assert flags.dataset_config is not None
-    datasets = load_dataset_config(flags.dataset_config, command_line={"caption_field": flags.caption_field})
+    datasets = load_dataset_config(
+        flags.dataset_config, command_line={"caption_field": flags.caption_field, **config.references.dataset_defaults}
+    )
     mode = check_mode(datasets, flags.ltx2_mode)
     output = flags.output_dir or flags.dataset_config.parent / "inspection"
     sound = AudioSource(audio.ltx2_audio_source, audio.ltx2_audio_dir, audio.ltx2_audio_ext)
+    reference_seconds = config.references.reference_audio_max_seconds
     workers = flags.num_workers or default_workers()
     previews = _cache_previews(config, list(datasets.entries()), output)
 
     listings = {entry.label: list_items(entry) for entry in datasets.entries()}
     duplicates = find_duplicates({label: listing.items for label, listing in listings.items()})
     reports = []
-    with quiet("musubi_tuner.dataset.clips"):  # the page says it in its place
+    with quiet("musubi_tuner.dataset.rates", "musubi_tuner.dataset.clip_sound"):  # the page says it in its place
         for entry in datasets.entries():
             examined = _examine_all(
-                entry, listings[entry.label], mode=mode, audio_source=sound, workers=workers, max_shown=flags.max_items
+                entry,
+                listings[entry.label],
+                partial(examine, mode=mode, audio_source=sound, reference_seconds=reference_seconds),
+                mode=mode,
+                workers=workers,
+                max_shown=flags.max_items,
             )
             items = [_with(item, duplicates.get((entry.label, item.item.path), ())) for item in examined]
             reports.append(DatasetReport(entry, items, previews.get(entry.label, ())))
@@ -81,9 +90,9 @@ def _cache_previews(
 def _examine_all(
     entry: DatasetEntry,
     listing: ItemListing,
+    look: Callable[..., ItemReport],
     *,
     mode: Mode,
-    audio_source: AudioSource,
     workers: int,
     max_shown: int,
 ) -> list[ItemReport]:
@@ -94,7 +103,7 @@ def _examine_all(
         logger.info("%s: %s", entry.label, counts)
 
     def work(item: SourceItem) -> Iterator[ItemReport]:
-        yield examine(item, entry, mode=mode, audio_source=audio_source, companions=companions.of(item))
+        yield look(item, entry, companions=companions.of(item))
 
     reports = [_left_out(problem, entry) for problem in listing.problems]
     shown = remarkable = 0

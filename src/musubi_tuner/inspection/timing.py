@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from musubi_tuner.dataset.clips import nominal_rate
 from musubi_tuner.dataset.entries import DatasetEntry
 from musubi_tuner.dataset.frames import ClipWindow, FrameRate, resample_indices, settle_rate
 from musubi_tuner.dataset.image_sequence import ImageSequence
 from musubi_tuner.dataset.media import frame_times
+from musubi_tuner.dataset.rates import nominal_rate
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ ACTIVATION_TOLERANCE = 0.15
 
 _GPU_RESERVE = 512 << 20  # workspaces of kernels, and memory that is free only in pieces
 _CPU_RESERVE = 64 << 20
-_FP32 = 4
+_FP32, _BF16 = 4, 2
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Trained:
         state_bytes: of the optimizer, for each value; see :func:`optimizer_state_bytes`.
         accumulating: gradients of earlier batches are held while the next is computed.
         averaged: a running average in fp32 is kept.
+        corrects: they began at a correction of the base, which is kept in bf16 (LoftQ).
         gradient_parts: the optimizer steps whenever this share of all gradients is there, and frees it; 1 = at the end.
     """
 
@@ -59,6 +60,7 @@ class Trained:
     state_bytes: float
     accumulating: bool = False
     averaged: bool = False
+    corrects: bool = False
     gradient_parts: int = 1
 
 
@@ -151,6 +153,7 @@ def estimate(request: Request) -> Estimate:
         Item("weights of swapped blocks", host=sum(moved)),
         Item("buffers of swapped blocks", device=_slots(moved), host=_staging(request, moved)),
         Item("weights that are trained", device=params * request.numbers.trained),
+        Item("where these began", device=params * _BF16 if trained.corrects else 0),
         Item("running average of these", device=params * _FP32 if trained.averaged else 0),
         Item("optimizer state", device=round(params * trained.state_bytes)),
         Item("gradients", device=moment.gradients),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .estimate import Estimate, Request, Weights, estimate, with_settings
 
 # Cheapest first: a GPU computes in FP8 almost as fast, dequantising 4 bit takes a little longer.
-BASES = ("dense", "fp8", "nf4")
+BASES = ("dense", "fp8", "int8", "nf4")
 _PART = 1024  # tokens
 
 

@@ -28,7 +28,7 @@ class BaseWeights:
         stored: which weights are FP8, and where their scales are.
 
     Raises:
-        UserError: no checkpoint, no transformer in it, or one in 4 bits.
+        UserError: no checkpoint, no transformer in it, or one in NF4 or int8.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -40,8 +40,11 @@ class BaseWeights:
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         self.stored: Stored = stored_transformer(self.checkpoint)
-        if self.stored.kind == "nf4":
-            raise UserError(f"{self.path} holds NF4 weights, which are too coarse for this; give the bf16 or FP8 file")
+        if self.stored.kind in ("int8", "nf4"):
+            raise UserError(
+                f"{self.path} holds {self.stored.kind.upper()} weights, a copy for training and generating; give the "
+                "original, the bf16 or FP8 file"
+            )
         self.keys = {**self.checkpoint.component_keys("connectors"), **transformer}
 
     def weights(self) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import bytes_progress
 from musubi_tuner.common.safetensors_io import SafetensorsFile, write_streamed
+from musubi_tuner.models.ltx2.keys import transformer_keys
 from musubi_tuner.models.ltx2.quantize_file import weights_to_quantise
 from musubi_tuner.quantization.loftq import Factors, quantize_with_factors
 from musubi_tuner.quantization.packed import Method, Nf4, Packed
@@ -21,6 +23,7 @@ from .lora import LoRALinear
 from .names import NATIVE_PREFIX, flat_name
 
 RANK_KEY, ITERATIONS_KEY, COUNT_KEY = "loftq_rank", "loftq_iters", "num_modules"
+BASE_KEY = "nf4_base_hash"
 DOWN, UP = ".lora_A", ".lora_B"
 
 
@@ -71,6 +74,24 @@ class StoredLoftQ:
                 "ltx2_quantize_model.py --loftq_init"
             )
 
+    def check_base(self, checkpoint: Path) -> None:
+        """Compare with the weights of the checkpoint, of each its first row. Files without a hash pass.
+
+        Raises:
+            UserError: the factors were made with other weights.
+        """
+        expected = self._file.metadata.get(BASE_KEY)
+        if expected is None:
+            return
+        file, own = SafetensorsFile(checkpoint), self._file.tensors
+        keys = {name: key for name, key in transformer_keys(file.tensors).items() if _prefix(name) + DOWN in own}
+        rows = (file.read_bytes(keys[name], file.tensors[keys[name]].shape[1]) for name in sorted(keys))
+        if _hash(rows) != expected:
+            raise UserError(
+                f"{self._file.path}: its factors belong to other weights than those of {checkpoint.name}, which was "
+                "written anew without them or renamed; make both files again with ltx2_quantize_model.py --loftq_init"
+            )
+
     def start(self, modules: Mapping[str, LoRALinear], quantised: Iterable[str]) -> list[str]:
         """Start the modules whose weight is among the ``quantised``; the paths of those.
 
@@ -114,7 +135,7 @@ def write_loftq(source: Path, target: Path, *, rank: int, block_size: int, devic
         UserError: ``source`` cannot be quantised, or has a weight that is too small for the rank.
     """
     file = SafetensorsFile(source)
-    names = {key: name for name, key in weights_to_quantise(file, block_size).items()}
+    names = {key: name for name, key in weights_to_quantise(file, Nf4(block_size)).items()}
     infos: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for key, name in names.items():
         (n, k), prefix = file.tensors[key].shape, _prefix(name)
@@ -129,9 +150,26 @@ def write_loftq(source: Path, target: Path, *, rank: int, block_size: int, devic
             yield _prefix(names[key]) + UP, factors.up
 
     made = {RANK_KEY: rank, ITERATIONS_KEY: 1, NF4_BLOCK_KEY: block_size, COUNT_KEY: len(names)}
+    made[BASE_KEY] = _hash(_first_rows(file, names, block_size))
     path = loftq_path(target, rank)
     write_streamed(path, infos, tensors(), {name: str(value) for name, value in made.items()})
     return path
+
+
+def _first_rows(file: SafetensorsFile, names: Mapping[str, str], block_size: int) -> Iterator[bytes]:
+    """NF4 codes of the first row of each weight, sorted by name. ``names``: key to name."""
+    for key in sorted(names, key=names.__getitem__):
+        info = file.tensors[key]
+        row = bytearray(file.read_bytes(key, info.shape[1] * info.dtype.itemsize))
+        weight = torch.frombuffer(row, dtype=info.dtype).view(1, -1)
+        yield Nf4(block_size).quantize(weight).weight.numpy().tobytes()
+
+
+def _hash(rows: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row)
+    return digest.hexdigest()
 
 
 def _plain_factors(weight: Tensor, rank: int, block_size: int, name: str) -> Factors:

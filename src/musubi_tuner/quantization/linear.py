@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fp8_products import Fp8Products, fits_products, fp8_linear
 from .packed import Packed, dequantize, is_nf4
 
 
@@ -44,6 +45,9 @@ class QuantizedLinear(nn.Linear):
     W and b are frozen; the gradient of x is exact for the dequantised W. Moving or casting the model around it moves
     the quantised tensors and leaves their dtypes alone.
 
+    Attributes:
+        products: how products are computed in FP8, for a weight that fits them; ``None``: dequantised as above.
+
     Args:
         packed: the weight.
         bias: [N], frozen.
@@ -56,11 +60,14 @@ class QuantizedLinear(nn.Linear):
         self.register_buffer("weight_scale", packed.scale)
         self.register_buffer("input_scale", packed.input_scale)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
+        self.products: Fp8Products | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
         if self.input_scale is not None:
-            x = x / self.input_scale.to(x.dtype)
+            x = _divided(x, self.input_scale)
+        if self.products is not None:
+            return fp8_linear(x, self.weight, self.weight_scale, self.bias, self.products)
         return _Product.apply(x, self.weight, self.weight_scale, self.bias)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
@@ -91,6 +98,25 @@ def pack_linear(model: nn.Module, path: str, packed: Packed) -> None:
     new = QuantizedLinear(packed, old.bias)
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
+
+
+def use_products(model: nn.Module, products: Fp8Products) -> tuple[int, int]:
+    """Compute products in FP8 in the quantised layers whose weights fit; how many these are, and how many layers."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    fitting = [m for m in layers if fits_products(m.weight, m.weight_scale)]
+    for layer in fitting:
+        layer.products = products
+    return len(fitting), len(layers)
+
+
+def _divided(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale. In float16 at most its largest number: small scales belong to columns of nearly nothing, but infinity
+    times nothing is not a number."""
+    x = x / scale.to(x.dtype)
+    if x.dtype != torch.float16:
+        return x
+    largest = torch.finfo(x.dtype).max
+    return x.clamp(-largest, largest)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

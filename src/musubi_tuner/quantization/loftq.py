@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.seeding import generator
 
 from .packed import Packed
@@ -42,6 +43,9 @@ def quantize_with_factors(
         rank: r of the factors, at most min(N, K).
         iterations: at least 1.
         name: of the weight; the draws of the decomposition are keyed by it.
+
+    Raises:
+        UserError: the weight holds NaN or infinity.
     """
     packed = quantize(weight)
     factors = _fit(weight, packed, rank, name)
@@ -54,6 +58,8 @@ def quantize_with_factors(
 def _fit(weight: Tensor, packed: Packed, rank: int, name: str) -> Factors:
     """The factors nearest to what the packed weight lacks."""
     missing = packed.dense(torch.float32).to(weight.device).neg_().add_(weight)
+    if not missing.isfinite().all():
+        raise UserError(f"{name} holds NaN or infinity, so the checkpoint is broken; make or download it again")
     left, values, right = truncated_svd(missing, rank, generator("loftq", name))
     roots = values.sqrt()
     return Factors(roots.unsqueeze(1) * right, left * roots)

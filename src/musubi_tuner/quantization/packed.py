@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .fp8 import BLOCK_SIZE, dequantize_fp8, quantize_fp8
+from .int8 import dequantize_int8, quantize_int8
 from .nf4 import dequantize_nf4, quantize_nf4
 
 
@@ -17,7 +18,7 @@ class Packed:
     """A quantised weight [N, K]. What the tensors mean follows from their dtypes and shapes alone.
 
     Attributes:
-        weight: FP8 [N, K], or two NF4 codes a byte [N, K / 2] uint8.
+        weight: FP8 or int8 [N, K], or two NF4 codes a byte [N, K / 2] uint8.
         scale: fp32 [1 or N, G]; K / G values of a row share one.
         input_scale: fp32 [K]: inputs are divided by it, since the weight's columns were multiplied; ``None`` for ones.
     """
@@ -89,7 +90,24 @@ class Fp8:
         return Packed(*quantize_fp8(weight, (n, self.blocks_of(k))))
 
 
-def packed_bytes(method: Nf4 | Fp8, shape: tuple[int, int]) -> int:
+@dataclass(frozen=True)
+class Int8:
+    """Int8 with a scale for each ``block_size`` values of a row, or for a row that is no whole number of them."""
+
+    block_size: int = BLOCK_SIZE
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2
+
+    def blocks_of(self, k: int) -> int:
+        """Scales of a row of ``k`` values."""
+        return 1 if k % self.block_size else k // self.block_size
+
+    def quantize(self, weight: Tensor) -> Packed:
+        return Packed(*quantize_int8(weight, self.blocks_of(weight.shape[1])))
+
+
+def packed_bytes(method: Nf4 | Fp8 | Int8, shape: tuple[int, int]) -> int:
     """Bytes of a weight [N, K] that ``method`` has quantised, scales included."""
     n, k = shape
     if isinstance(method, Nf4):
@@ -98,10 +116,12 @@ def packed_bytes(method: Nf4 | Fp8, shape: tuple[int, int]) -> int:
 
 
 def is_nf4(weight: Tensor) -> bool:
-    """Whether a packed weight is NF4; else it is FP8."""
+    """Whether a packed weight is NF4; else it is FP8 or int8."""
     return weight.dtype == torch.uint8
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The two tensors of a :class:`Packed` to the weight [N, K]."""
-    return (dequantize_nf4 if is_nf4(weight) else dequantize_fp8)(weight, scale, dtype)
+    if is_nf4(weight):
+        return dequantize_nf4(weight, scale, dtype)
+    return (dequantize_int8 if weight.dtype == torch.int8 else dequantize_fp8)(weight, scale, dtype)

@@ -7,9 +7,11 @@ official FP8, ComfyUI        FP8 [N, K]                  ``X.weight_scale``, per
 ComfyUI, older               FP8 [N, K]                  ``X.scale_weight``, perhaps ``X.scale_input``, ``scaled_fp8``
 plain cast                   FP8 [N, K]                  nothing: the scale is 1
 NF4 of ltx2_quantize_model   codes [N, K / 2] uint8      ``X.scale_weight`` [N, K / block, 1], ``X.nf4_shape`` [2]
+int8 of ltx2_quantize_model  int8 [N, K]                 ``X.scale_weight`` [N, blocks, 1]
 ===========================  ==========================  ===========================================================
 
-The scales of the inputs belong to products in FP8 and are not used here.
+The scales of the inputs were measured for generating and are not used here. Current files also say the format of each
+layer in their metadata (``_quantization_metadata``); one that is not FP8 with such scales is refused.
 """
 
 from __future__ import annotations
@@ -27,14 +29,19 @@ from musubi_tuner.common.safetensors_io import TensorInfo
 
 from .fp8 import FP8_DTYPES
 
-Kind = Literal["dense", "fp8", "nf4"]
+Kind = Literal["dense", "fp8", "int8", "nf4"]
 
 NF4_MARK = {"nf4_quantized": "true"}
+INT8_MARK = {"int8_quantized": "true"}
 NF4_BLOCK_KEY = "nf4_block_size"
-SCALE, SHAPE = ".scale_weight", ".nf4_shape"  # of the NF4 file
+SCALE, SHAPE = ".scale_weight", ".nf4_shape"  # of the files made here
 _SCALES = (".weight_scale", SCALE)
 _UNUSED = (".input_scale", ".scale_input", ".comfy_quant", SHAPE)
 _SENTINEL = "scaled_fp8"
+_LAYERS_KEY = "_quantization_metadata"
+_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # MXFP8 has exponents
+_UNKNOWN = "a quantisation that is not supported; use the bf16 or FP8 file, or one of ltx2_quantize_model.py"
 _LISTED = 3
 
 
@@ -66,20 +73,24 @@ def read_stored(infos: Mapping[str, TensorInfo], metadata: Mapping[str, Any], so
         UserError: quantised in a way that is not known, or a scale without its weight, or a weight without its scale.
     """
     companions = frozenset(n for n in infos if n.endswith((*_SCALES, *_UNUSED)) or n == _SENTINEL)
-    is_nf4 = metadata.get("nf4_quantized") == NF4_MARK["nf4_quantized"]
-    quantised = [n for n, info in infos.items() if n not in companions and _is_packed(info, is_nf4)]
+    made_here = _kind_made_here(metadata)
+    quantised = [n for n, info in infos.items() if n not in companions and _is_packed(info, made_here)]
     _refuse_others(infos, companions, quantised, source)
+    _refuse_formats(metadata.get(_LAYERS_KEY), source)
     scales = {name: _scale_of(name, infos) for name in quantised}
     used = set(scales.values())
+    if odd := [n for n in companions if n in used and infos[n].dtype not in _SCALE_DTYPES]:
+        names = _list(sorted({str(infos[n].dtype).removeprefix("torch.") for n in odd}))
+        raise UserError(f"{source}: {len(odd)} scales are stored as {names} ({_list(odd)}), {_UNKNOWN}")
     if lost := [n for n in companions if n.endswith(_SCALES) and n not in used]:
         raise UserError(
             f"{source}: {len(lost)} scales belong to no quantised weight ({_list(lost)}); the file was changed "
             "after it was quantised. Use the original"
         )
-    if is_nf4 and (lost := [name for name, scale in scales.items() if scale is None]):
-        raise UserError(f"{source}: {len(lost)} NF4 weights have no scale ({_list(lost)}); make or download it again")
-    kind: Kind = "nf4" if is_nf4 else "fp8" if quantised else "dense"
-    return Stored(kind, scales, companions)
+    if made_here and (lost := [name for name, scale in scales.items() if scale is None]):
+        what = f"{len(lost)} {made_here.upper()} weights have no scale ({_list(lost)})"
+        raise UserError(f"{source}: {what}; make or download it again")
+    return Stored(made_here or ("fp8" if quantised else "dense"), scales, companions)
 
 
 def scale_matrix(scale: Tensor, shape: tuple[int, ...], key: str) -> Tensor:
@@ -99,8 +110,14 @@ def scale_matrix(scale: Tensor, shape: tuple[int, ...], key: str) -> Tensor:
     return scale.reshape(n, groups)
 
 
-def _is_packed(info: TensorInfo, is_nf4: bool) -> bool:
-    return info.dtype in FP8_DTYPES or (is_nf4 and info.dtype == torch.uint8 and len(info.shape) == 2)
+def _kind_made_here(metadata: Mapping[str, Any]) -> Literal["int8", "nf4"] | None:
+    marks: dict[Literal["int8", "nf4"], Mapping[str, str]] = {"nf4": NF4_MARK, "int8": INT8_MARK}
+    return next((kind for kind, mark in marks.items() if mark.items() <= metadata.items()), None)
+
+
+def _is_packed(info: TensorInfo, made_here: Literal["int8", "nf4"] | None) -> bool:
+    own = {"nf4": torch.uint8, "int8": torch.int8}.get(made_here or "")
+    return info.dtype in FP8_DTYPES or (info.dtype == own and len(info.shape) == 2)
 
 
 def _scale_of(name: str, infos: Mapping[str, TensorInfo]) -> str | None:
@@ -117,9 +134,19 @@ def _refuse_others(
     if others:
         names = sorted({str(infos[n].dtype).removeprefix("torch.") for n in others})
         raise UserError(
-            f"{source}: {len(others)} weights are stored as {', '.join(names)} ({_list(others)}), a quantisation that "
-            "is not supported; use the bf16 or FP8 file, or an NF4 file of ltx2_quantize_model.py"
+            f"{source}: {len(others)} weights are stored as {', '.join(names)} ({_list(others)}), {_UNKNOWN}"
         )
+
+
+def _refuse_formats(described: Any, source: str) -> None:
+    """``described``: ``{"layers": {name: {"format": ...}}}`` where a file has it."""
+    layers = described.get("layers") if isinstance(described, Mapping) else None
+    if not isinstance(layers, Mapping):
+        return
+    formats = {n: str(e["format"]) for n, e in layers.items() if isinstance(e, Mapping) and "format" in e}
+    if others := [name for name, format_ in formats.items() if format_ not in _FORMATS]:
+        names = _list(sorted({formats[name] for name in others}))
+        raise UserError(f"{source}: {len(others)} layers are in the format {names} ({_list(others)}), {_UNKNOWN}")
 
 
 def _list(names: list[str]) -> str:

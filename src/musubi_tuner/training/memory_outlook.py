@@ -31,11 +31,12 @@ from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
 from musubi_tuner.networks.resolve import resolve_network_module
 
+from .compute import Compute
 from .fused_backward import PARTS
 from .optimizers import optimizer_class, parse_key_values
 from .outlook import batch_size
 from .previews import wants_previews
-from .setup import Compute, made_with, network_options, streams_built
+from .setup import made_with, network_options, streams_built
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerCon
         state_bytes=state,
         accumulating=config.optimizer.gradient_accumulation_steps > 1,
         averaged=config.network.ema_decay is not None,
+        corrects=config.calibration.loftq_init,
         gradient_parts=PARTS if config.optimizer.fused_backward_pass else 1,
     )
 

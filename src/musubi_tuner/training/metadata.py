@@ -79,6 +79,8 @@ def _full(config: TrainNetworkConfig, facts: RunFacts) -> Mapping[str, Any]:
         "full_fp16": config.precision.full_fp16,
         "full_bf16": config.precision.full_bf16,
         "fp8_base": config.quantization.fp8_base,
+        "fp8_w8a8": config.quantization.fp8_w8a8,
+        "int8_base": config.quantization.int8_base,
         "nf4_base": config.quantization.nf4_base,
         "loftq_init": config.calibration.loftq_init,
         "awq_calibration": config.calibration.awq_calibration,

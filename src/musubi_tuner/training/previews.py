@@ -35,9 +35,10 @@ from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.adapter_network import AdapterNetwork
 
 from .optimizers import evaluation_weights
+from .references import reference_modalities
+from .reports import StepReport
 from .state import Progress
 from .tracking import Tracking
-from .trainer import StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -202,12 +203,14 @@ def _latents(
     device: torch.device,
 ) -> list[SampleLatents]:
     mode, preview = config.checkpoint.ltx2_mode, config.preview
+    downscale = datasets.reference_downscale if "video" in reference_modalities(config) else None
+    sizes = {name: getattr(preview, name) for name in ("width", "height", "sample_num_frames")}
     cache = cache_choice(
         config.conditioning,
         preview.sample_prompts,
         RepairCommands(config.data.dataset_config or datasets.made_from, config.checkpoint.ltx2_checkpoint, mode),
         default=datasets.datasets[0].cache_directory / LATENTS_NAME,
-        sizes={name: getattr(preview, name) for name in ("width", "height", "sample_num_frames")},
+        sizes=sizes | ({"reference_downscale": downscale} if (downscale or 1) > 1 else {}),
     )
     vaes = VaeSource(
         checkpoint,
@@ -216,7 +219,9 @@ def _latents(
         tiling=decode_tiling(config.decode),
     )
     generated = "audio" if config.decode.sample_audio_only else mode
-    return obtain_sample_latents(prompts, preview.sample_prompts, generated, vaes=vaes, cache=cache)
+    return obtain_sample_latents(
+        prompts, preview.sample_prompts, generated, vaes=vaes, cache=cache, reference_downscale=downscale
+    )
 
 
 def _encoded(

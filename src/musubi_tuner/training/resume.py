@@ -107,6 +107,10 @@ def resume_settings(config: TrainNetworkConfig, loop: LoopSettings) -> dict[str,
 
 def _base(config: TrainNetworkConfig) -> dict[str, Any]:
     """What makes other base weights of the same checkpoint, for the LoRA to have been trained on."""
-    calibration = config.calibration
+    calibration, corrected = config.calibration, config.calibration.loftq_init or config.calibration.awq_calibration
     awq = [calibration.awq_alpha, calibration.awq_num_batches] if calibration.awq_calibration else None
-    return {"loftq_iters": calibration.loftq_iters if calibration.loftq_init else None, "awq_calibration": awq}
+    return {
+        "loftq_iters": calibration.loftq_iters if calibration.loftq_init else None,
+        "awq_calibration": awq,
+        "nf4_block_size": config.quantization.nf4_block_size if corrected else None,
+    }

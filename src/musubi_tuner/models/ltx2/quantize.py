@@ -14,7 +14,8 @@ from torch import Tensor
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import TensorInfo
 from musubi_tuner.quantization.awq import ActivationAware
-from musubi_tuner.quantization.packed import Fp8, Method, Nf4, Packed
+from musubi_tuner.quantization.fp8_products import Fp8Products
+from musubi_tuner.quantization.packed import Fp8, Int8, Method, Nf4, Packed
 from musubi_tuner.quantization.stored import Stored, read_stored
 
 from .keys import transformer_keys
@@ -49,22 +50,30 @@ class Quantization:
         requantise: ``--fp8_scaled``, which is for dense files only.
         block_size: of NF4; that of a file which is NF4 already wins.
         device: where weights are quantised.
+        by_row: FP8 with a scale for each row, which products in FP8 need, rather than for blocks of it.
+        products: how these products are computed; ``None``: weights are dequantised.
         calibrate: needs full precision, for a calibration to make something of it.
         magnitudes: mean abs(input) [K] by the names of the weights that were calibrated.
         strength: of the calibration, 0 to 1.
     """
 
-    kind: Literal["fp8", "nf4"]
+    kind: Literal["fp8", "int8", "nf4"]
     requantise: bool = False
     block_size: int = 32
     device: torch.device | str = "cpu"
+    by_row: bool = False
+    products: Fp8Products | None = None
     calibrate: bool = False
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     strength: float = 0.0
 
     @property
-    def method(self) -> Method:
-        return Nf4(self.block_size) if self.kind == "nf4" else Fp8()
+    def method(self) -> Nf4 | Int8 | Fp8:
+        if self.kind == "nf4":
+            return Nf4(self.block_size)
+        if self.kind == "int8":
+            return Int8()
+        return Fp8(None) if self.by_row else Fp8()
 
     def method_for(self, name: str) -> Method:
         """For the weight of that name."""
@@ -108,17 +117,21 @@ def check_quantization(checkpoint: Checkpoint, quantization: Quantization | None
     """
     stored = stored_transformer(checkpoint)
     wanted = quantization.kind if quantization is not None else "dense"
-    if stored.kind == "nf4" and wanted != "nf4":
-        instead = " instead of --fp8_base" if wanted == "fp8" else ""
-        raise UserError(f"{checkpoint.path} holds NF4 weights; add --nf4_base{instead}, or use the original file")
+    if stored.kind in ("nf4", "int8") and wanted != stored.kind:
+        instead = "" if wanted == "dense" else f" instead of --{wanted}_base"
+        raise UserError(
+            f"{checkpoint.path} holds {stored.kind.upper()} weights; add --{stored.kind}_base{instead}, or use the "
+            "original file"
+        )
     if stored.kind == "nf4" and quantization is not None and quantization.calibrate:
         raise UserError(
             f"{checkpoint.path} holds NF4 weights already; --awq_calibration needs full precision: use the original "
             "file, or leave it out"
         )
-    if stored.kind == "fp8" and wanted == "nf4":
+    if stored.kind == "fp8" and wanted in ("nf4", "int8"):
         raise UserError(
-            f"{checkpoint.path} holds FP8 weights; --nf4_base needs full precision: use the bf16 file, or --fp8_base"
+            f"{checkpoint.path} holds FP8 weights; --{wanted}_base needs full precision: use the bf16 file, or "
+            "--fp8_base"
         )
     if stored.kind == "fp8" and quantization is not None and quantization.requantise:
         raise UserError(f"{checkpoint.path} holds FP8 weights already; leave out --fp8_scaled and keep --fp8_base")

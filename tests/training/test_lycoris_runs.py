@@ -40,7 +40,10 @@ def test_resumed_exactly_with_every_way_of_saving_memory(cached_demo, tmp_path: 
     assert json.loads(metadata["ss_network_args"])["algo"] == "lokr"
 
 
-@pytest.mark.parametrize("base", [("--nf4_base",), ("--fp8_base", "--fp8_scaled")], ids=["nf4", "fp8"])
+QUANTISED = {"nf4": ("--nf4_base",), "fp8": ("--fp8_base", "--fp8_scaled"), "int8": ("--int8_base",)}
+
+
+@pytest.mark.parametrize("base", QUANTISED.values(), ids=QUANTISED)
 def test_on_a_quantised_base(base, cached_demo, tmp_path: Path, capsys):
     command = arguments(cached_demo(), tmp_path, *LOKR, *base, "--learning_rate", "1e-2", steps=2)
     train(command)
@@ -49,7 +52,7 @@ def test_on_a_quantised_base(base, cached_demo, tmp_path: Path, capsys):
     assert all(t.isfinite().all() and t.any() for t in second)
     command = arguments(cached_demo(), tmp_path / "out", *DOKR, *base, steps=1)
     message = refused(command, capsys)
-    assert "LyCORIS dora_wd reads the base weights, which are quantised here" in message
+    assert "LyCORIS dora_wd reads the base weights, quantised here" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -181,7 +181,7 @@ def check_arguments(
     decomposed = [name for name in names if options.of(name).dora_wd]
     if quantised and decomposed:
         raise UserError(
-            f"LyCORIS dora_wd reads the base weights, which are quantised here (--fp8_base, --int8_base, --nf4_base), in "
+            f"LyCORIS dora_wd reads the base weights, quantised here by --fp8_base, --int8_base or --nf4_base, in "
             f"{len(decomposed)} layers such as {decomposed[0]}; leave out dora_wd, train on dense weights, or use "
             "--network_module networks.lora_ltx2 with --network_args use_dora=True"
         )

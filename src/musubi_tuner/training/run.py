@@ -104,7 +104,7 @@ def train(config: TrainNetworkConfig, explicit: frozenset[str]) -> int:
     jobs, decoders = _previews(config, checkpoint, datasets, loader.plan.training_set, compute)
     task = task_settings(config, version, compute, progress.seed, loader.plan.training_set.sample_keys())
     with told_with(memory):
-        quantization = calibrated(config, checkpoint, quantization, loader.plan, task, streams_built(config))
+        quantization = calibrated(config, checkpoint, quantization, loader.plan, task, streams_built(config), edits)
         transformer, network = load_model(config, checkpoint, compute, progress.seed, quantization, edits, loftq)
     optimizer = make_optimizer(config, network)
     names = parameter_names(network, optimizer)

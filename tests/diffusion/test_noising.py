@@ -9,7 +9,7 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.dataset.batch import AudioLatents, Batch, SampleKey, TextEmbeds, VideoLatents
 from musubi_tuner.diffusion.noising import noise_batch, sample_generators
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
-from musubi_tuner.diffusion.tokens import patchify_audio, patchify_video
+from musubi_tuner.diffusion.tokens import patchify_audio, patchify_video, video_coords
 
 SAMPLER = NoiseLevelSampler()
 
@@ -155,3 +155,12 @@ def test_half_precision_caches_are_raised_to_fp32():
     batch = item(1, steps=10)
     half = replace(batch, video=replace(batch.video, latents=batch.video.latents.bfloat16()))
     assert noised(half).video.noisy.dtype == torch.float32
+
+
+def test_positions_follow_the_frame_rate_of_each_batch():
+    """Batches of one size: what is kept of one must not be taken for another of other frame rates."""
+    batch = item(1, steps=4)
+    for fps in (25.0, 50.0, 25.0):
+        video = replace(batch.video, fps=torch.full_like(batch.video.fps, fps))
+        tokens = noised(replace(batch, video=video)).video
+        assert torch.equal(tokens.coords, video_coords(tokens.grid, video.fps))

@@ -147,7 +147,7 @@ def test_previews_encode_where_there_is_no_cache(assets, tmp_path, capsys):
 def test_a_cache_that_does_not_fit_names_the_command(assets, cache, tmp_path, capsys, monkeypatch):
     other = assets.checkpoint.parent / "other.txt"
     other.write_text(f"A rabbit. {SIZE.replace('96', '128')} --i first.png\n", encoding="utf-8")
-    monkeypatch.setattr("musubi_tuner.training.run.load_model", None)
+    monkeypatch.setattr("musubi_tuner.training.run_parts.load_model", None)
     flags = ("--use_precached_sample_latents", "--sample_latents_cache", str(cache))
     for run in (training, generating):
         message = refused(lambda run=run: run(assets, tmp_path / "out", *flags, prompts=other), capsys)
@@ -173,7 +173,7 @@ def test_a_cache_that_is_asked_for_must_exist(assets, tmp_path, capsys):
 def test_a_missing_file_is_named_before_anything_is_loaded(assets, tmp_path, capsys, monkeypatch, run):
     prompts = tmp_path / "p.txt"
     prompts.write_text(f"A rabbit. {SIZE}\nA cat. {SIZE} --i gone.png\n", encoding="utf-8")
-    for loads in ("models.video_vae.load_video_vae", "training.run.load_model"):
+    for loads in ("models.video_vae.load_video_vae", "training.run_parts.load_model"):
         monkeypatch.setattr(f"musubi_tuner.{loads}", None)
     output = ("--sample_latents_cache", str(tmp_path / "c.pt")) if run is caching else (tmp_path / "out",)
     message = refused(lambda: run(assets, *output, prompts=prompts), capsys)

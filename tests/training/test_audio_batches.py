@@ -112,7 +112,7 @@ def test_mode_video_is_refused_before_the_model_is_loaded(cached_demo, tmp_path:
     def never(*_):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("musubi_tuner.training.run.load_model", never)
+    monkeypatch.setattr("musubi_tuner.training.run_parts.load_model", never)
     with pytest.raises(SystemExit) as stop:
         train(arguments(cached_demo(), tmp_path, "--audio_batch_probability", "0.5", mode="video"))
     assert stop.value.code == 2

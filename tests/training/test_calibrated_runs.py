@@ -13,7 +13,7 @@ from test_training_runs import arguments, refused
 from musubi_tuner.ltx2_quantize_model import main as quantize
 from musubi_tuner.ltx2_train_network import main as train
 from musubi_tuner.networks.formats import load_lora
-from musubi_tuner.training import calibration, run
+from musubi_tuner.training import calibration, run_parts
 
 LOFTQ = ("--nf4_base", "--loftq_init")
 AWQ = ("--nf4_base", "--awq_calibration", "--awq_num_batches", "2")
@@ -138,7 +138,7 @@ def test_the_inputs_are_those_of_the_base_with_what_is_merged_into_it(cached_dem
     """In plain NF4 the base that is measured is the one that a run without AWQ has."""
     train(arguments(cached_demo(), tmp_path / "first", steps=1))
     merged = ("--base_weights", str(tmp_path / "first/x.safetensors"), "--base_weights_multiplier", "20")
-    bases, measure, load = [], calibration.measure, run.load_model
+    bases, measure, load = [], calibration.measure, run_parts.load_model
 
     def measured(transformer, *given):
         bases.append({k: t.clone() for k, t in transformer.state_dict().items()})
@@ -151,7 +151,7 @@ def test_the_inputs_are_those_of_the_base_with_what_is_merged_into_it(cached_dem
 
     monkeypatch.setattr(calibration, "measure", measured)
     train(arguments(cached_demo(), tmp_path / "awq", *AWQ, *merged, steps=1))
-    monkeypatch.setattr(run, "load_model", loaded)
+    monkeypatch.setattr(run_parts, "load_model", loaded)
     train(arguments(cached_demo(), tmp_path / "plain", "--nf4_base", *merged, steps=1))
     train(arguments(cached_demo(), tmp_path / "bare", "--nf4_base", steps=1))
     found, expected, bare = bases

@@ -13,6 +13,8 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.hub import HubConfig, HubFolder, hub_folder
 from musubi_tuner.ltx2_train_network import main as train
 from musubi_tuner.training.hub import Uploader, download_state
+from musubi_tuner.training.saving import Saver
+from musubi_tuner.training.state import Progress
 
 TOKEN = "hf_a-secret"
 CONFIG = HubConfig(huggingface_repo_id="me/lora", huggingface_token=TOKEN)
@@ -32,17 +34,17 @@ class FakeApi:
         self.repositories.append((repo_id, kwargs))
 
     def upload_file(self, *, path_or_fileobj: Path, path_in_repo: str, repo_id: str, repo_type: str) -> None:
-        assert path_or_fileobj.is_file()
-        self._send(f"{repo_type}:{repo_id}:{path_in_repo}")
+        self._send(path_or_fileobj, f"{repo_type}:{repo_id}:{path_in_repo}")
 
     def upload_folder(self, *, folder_path: Path, path_in_repo: str, repo_id: str, repo_type: str) -> None:
-        assert folder_path.is_dir()
-        self._send(f"{repo_type}:{repo_id}:{path_in_repo}/")
+        self._send(folder_path, f"{repo_type}:{repo_id}:{path_in_repo}/")
 
-    def _send(self, what: str) -> None:
+    def _send(self, path: Path, what: str) -> None:
         self._fail()
+        assert path.exists()
         if self.gate is not None:
-            assert self.gate.wait(10)
+            assert self.gate.wait(60)
+        assert path.exists(), "removed while it was sent"
         self.sent.append(what)
 
     def _fail(self) -> None:
@@ -98,6 +100,34 @@ def test_async_uploads_are_waited_for_at_the_end_only(tmp_path: Path):
     assert api.sent == ["model:me/lora:a", "model:me/lora:b"]
 
 
+def test_what_is_yet_to_be_sent_is_removed_afterwards(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.touch()
+    api = FakeApi(gate=threading.Event())
+    uploader = Uploader(replace(CONFIG, async_upload=True), api)
+    uploader.upload(paths, wait=False)
+    for path in paths:
+        uploader.when_sent(f"removing {path.name}", path.unlink)
+    uploader.when_sent("removing c", (tmp_path / "c").unlink)
+    assert all(path.exists() for path in paths), "neither what is being sent nor what waits for it"
+    api.gate.set()
+    uploader.close()
+    assert api.sent == ["model:me/lora:a", "model:me/lora:b"]
+    assert not any(path.exists() for path in paths)
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert "removing c failed: FileNotFoundError" in record.getMessage()
+
+
+def test_what_is_sent_is_removed_at_once(tmp_path: Path):
+    path = tmp_path / "a"
+    path.touch()
+    uploader = Uploader(CONFIG, FakeApi())
+    uploader.upload([path], wait=False)
+    uploader.when_sent("removing a", path.unlink)
+    assert not path.exists()
+
+
 def test_failures_are_logged_without_the_token(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "a").touch()
     uploader = Uploader(CONFIG, FakeApi(broken=True))
@@ -133,6 +163,27 @@ def test_a_run_uploads_the_comfy_file_alone(cached_demo, tmp_path: Path, monkeyp
     api = uploaded(cached_demo(), tmp_path, monkeypatch, "--no_save_original_lora")
     assert api.sent[-1] == "model:me/lora:x.comfy.safetensors"
     assert len(api.sent) == 3
+
+
+def test_a_run_sends_files_that_leave_the_window_meanwhile(cached_demo, tmp_path: Path, monkeypatch):
+    """The connection hangs until the training is over; files of steps 1 and 2 are out of the window by then."""
+    api = FakeApi(gate=threading.Event())
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda token: api)
+    on_end = Saver.on_end
+
+    def connected(saver: Saver, progress: Progress) -> None:
+        api.gate.set()
+        on_end(saver, progress)
+
+    monkeypatch.setattr(Saver, "on_end", connected)
+    saves = ("--save_every_n_steps", "1", "--save_last_n_steps", "1", "--save_state", "--no_convert_to_comfy")
+    hub = ("--huggingface_repo_id", "me/lora", "--save_state_to_huggingface", "--async_upload")
+    train(arguments(cached_demo(), tmp_path, *saves, *hub, steps=4))
+    ends = (".safetensors", "-state/")
+    points = [*(f"-step{step:08}" for step in range(1, 5)), ""]
+    assert api.sent == [f"model:me/lora:x{point}{end}" for point in points for end in ends]
+    kept = {f"x{point}{end.rstrip('/')}" for point in points[2:] for end in ends}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_a_run_resumes_from_the_hub(cached_demo, tmp_path: Path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import torch
 from musubi_tuner.common.devices import _room_in_container, is_out_of_memory
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.ltx2_train_network import main as train
-from musubi_tuner.training import memory_outlook, run
+from musubi_tuner.training import memory_outlook, run_parts
 
 
 def arguments(assets, output: Path, *flags: str) -> list[str]:
@@ -34,7 +34,7 @@ def free(monkeypatch: pytest.MonkeyPatch):
 
 def test_too_little_memory_is_said_before_loading(cached_demo, tmp_path: Path, capsys, monkeypatch, free):
     free(1 << 20)
-    monkeypatch.setattr(run, "load_model", never)
+    monkeypatch.setattr(run_parts, "load_model", never)
     with pytest.raises(SystemExit) as stop:
         train(arguments(cached_demo(), tmp_path / "out"))
     assert stop.value.code == 2
@@ -63,7 +63,7 @@ def test_what_fits_is_a_part_of_the_command_line(cached_demo, tmp_path: Path, ca
         outlooks.append(memory_outlook.memory_outlook(*given))
         return outlooks[-1]
 
-    monkeypatch.setattr(run, "memory_outlook", noted)
+    monkeypatch.setattr(run_parts, "memory_outlook", noted)
     train(arguments(assets, tmp_path / "a"))
     train(arguments(assets, tmp_path / "b", "--gradient_checkpointing", "--fp8_base", "--fp8_scaled"))
     plain, small = (outlook.estimate for outlook in outlooks)
@@ -169,7 +169,7 @@ def test_a_container_may_have_less_than_its_machine(tmp_path: Path):
 def test_several_processes_share_the_host(monkeypatch: pytest.MonkeyPatch, free, cached_demo, tmp_path: Path, capsys):
     free(3 << 40)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    monkeypatch.setattr(run, "load_model", stop_here)
+    monkeypatch.setattr(run_parts, "load_model", stop_here)
     with pytest.raises(SystemExit):
         train(arguments(cached_demo(), tmp_path / "out"))
     assert "free now" in (said := capsys.readouterr().err)

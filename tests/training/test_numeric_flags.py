@@ -135,8 +135,8 @@ def test_flags_about_sound_need_a_mode_with_sound(tmp_path: Path, flags: tuple[s
         assert all(f"--ltx2_mode {' or '.join(sorted(modes, reverse=True))}, got {mode}" in text for text in found)
 
 
-def test_balance_is_refused_where_the_datasets_make_the_mode_audio(cached_demo, tmp_path: Path, capsys):
-    assets = cached_demo("2.3", "audio")
+def test_balance_is_refused_where_the_datasets_make_the_mode_audio(demo_assets, tmp_path: Path, capsys):
+    assets = demo_assets("2.3")  # not cached: the flags are refused first
     argv = ["--dataset_config", str(assets.audio_dataset), "--ltx2_checkpoint", str(assets.checkpoint)]
     argv += ["--ltx_version", "2.3", "--ltx2_mode", "av", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit):

@@ -7,13 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import needs_fork, train_by_ranks
 from safetensors.torch import load_file
 
 from musubi_tuner.demo.assets import asset_paths
+from musubi_tuner.ltx2_train_network import main as train
 
 TIMINGS = ("step_seconds", "tokens_per_second", "data_wait_share", "peak_memory_gib")
 SCRIPT = Path(__file__).parents[2] / "ltx2_train_network.py"
@@ -99,3 +102,72 @@ def logged(output: Path) -> dict[str, dict[int, float]]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def trained(output: Path) -> dict:
+    """Tensors and counters of a finished run."""
+    folder = output / "x-state"
+    progress = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))["progress"]
+    return {
+        "tensors": load_file(folder / "network.safetensors"),
+        "losses": progress["epoch_losses"],
+        "last": progress["last_step"],
+        "balance": progress["audio_balance"],
+        "sound": progress["audio_supervision"],
+    }
+
+
+def two_and_one(command: Callable[..., list[str]], folder: Path) -> tuple[dict, dict]:
+    """What two processes train, and what one does that takes their batches in turn."""
+    train_by_ranks(command(folder / "two"), 2, folder / "log")
+    train(command(folder / "one", "--gradient_accumulation_steps", "2"))
+    return trained(folder / "two"), trained(folder / "one")
+
+
+def check_equal(two: dict, one: dict) -> None:
+    for name in ("losses", "last", "balance", "sound"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name
+    torch.testing.assert_close(two["tensors"], one["tensors"], rtol=1e-4, atol=1e-6)
+    assert any(t.any() for name, t in one["tensors"].items() if "lora_up" in name), "nothing was trained"
+
+
+@needs_fork
+def test_two_processes_equal_one_on_sounds_alone(cached_demo, tmp_path: Path):
+    """Of three sounds the second process gets one an epoch, and nothing in every other step."""
+    shutil.copytree(cached_demo(mode="audio").checkpoint.parent, tmp_path / "assets")
+    assets = asset_paths(tmp_path / "assets")
+    first = min(path.stem for path in assets.sounds.glob("*.wav"))
+    for file in assets.audio_cache.glob(f"{first}_*"):
+        file.unlink()
+
+    def command(output: Path, *extra: str) -> list[str]:
+        return [
+            *("--dataset_config", str(assets.audio_dataset), "--ltx2_checkpoint", str(assets.checkpoint)),
+            *("--ltx2_mode", "audio", "--mixed_precision", "no", "--network_dim", "4", "--learning_rate", "1e-3"),
+            *("--max_train_steps", "4", "--seed", "5", "--max_data_loader_n_workers", "0", "--network_dropout", "0.2"),
+            *("--audio_loss_balance_mode", "inv_freq", "--audio_loss_balance_beta", "0.3"),
+            *("--output_dir", str(output), "--output_name", "x", "--save_state", *extra),
+        ]
+
+    check_equal(*two_and_one(command, tmp_path))
+
+
+@needs_fork
+def test_two_processes_equal_one_on_batches_in_part_with_sound(cached_demo, tmp_path: Path):
+    """Batches of two clips, of four of which two have no sound: batches with both, with one and with no sound."""
+    shutil.copytree(cached_demo().checkpoint.parent, tmp_path / "assets")
+    assets = asset_paths(tmp_path / "assets")
+    for sound in sorted(assets.cache.glob("*_audio.safetensors"))[:2]:
+        sound.unlink()
+    text = assets.dataset.read_text(encoding="utf-8").replace("batch_size = 1", "batch_size = 2\nnum_repeats = 3")
+    assets.dataset.write_text(text, encoding="utf-8")
+
+    def command(output: Path, *extra: str) -> list[str]:
+        base = arguments(assets, output, "--audio_batch_probability", "0.3", *extra)
+        cut = base.index("--logging_dir")
+        return base[:cut] + base[cut + 4 :]
+
+    two, one = two_and_one(command, tmp_path)
+    check_equal(two, one)
+    assert one["sound"]["expected"] == 8
+    assert 0 < one["sound"]["supervised"] < 8

@@ -24,14 +24,15 @@ from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
 from musubi_tuner.training import tally as tally_module
 from musubi_tuner.training import trainer as trainer_module
 from musubi_tuner.training.audio_watch import AudioWatch
+from musubi_tuner.training.compute import Compute, make_scaler
 from musubi_tuner.training.fused_backward import FusedBackward
 from musubi_tuner.training.lr_plan import FactorPlan
 from musubi_tuner.training.lr_schedulers import ScheduleSettings
-from musubi_tuner.training.setup import Compute, make_scaler
+from musubi_tuner.training.reports import StepReport
 from musubi_tuner.training.state import Progress
 from musubi_tuner.training.step import TaskSettings
 from musubi_tuner.training.supervision import SupervisionSettings
-from musubi_tuner.training.trainer import LoopSettings, StepReport, Trainer
+from musubi_tuner.training.trainer import LoopSettings, Trainer
 
 
 @dataclass

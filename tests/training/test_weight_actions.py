@@ -187,7 +187,7 @@ def test_refused_before_the_checkpoint_is_opened(tmp_path: Path, capsys, flags: 
 def test_a_schedule_longer_than_the_run_is_refused_before_the_model_is_loaded(
     cached_demo, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("musubi_tuner.training.run.load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("musubi_tuner.training.run_parts.load_model", lambda *a: pytest.fail("the model was loaded"))
     flags = ("--lr_scheduler", "warmup_stable_decay", "--lr_warmup_steps", "8", "--lr_decay_steps", "50%")
     with pytest.raises(SystemExit):
         train(arguments(cached_demo(), tmp_path, *flags, steps=10))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -81,13 +82,13 @@ class Stretched:
 
     def level(self, uniforms: Tensor) -> Tensor:
         _, choice, uniform = uniforms.unbind(-1)
-        low, span = self._span()
+        low, span = self._span
         q = (self.base.level(uniforms) - low) / span
         q = torch.where(q < self.eps, 2 * self.eps - q, q).clamp(0, 1)
         return torch.where(choice < self.uniform_prob, self.eps + (1 - self.eps) * uniform, q)
 
     def cdf(self, sigma: Tensor) -> Tensor:
-        low, span = self._span()
+        low, span = self._span
 
         def below(q: Tensor) -> Tensor:
             return self.base.cdf((low + q * span).clamp(0, 1))
@@ -101,6 +102,7 @@ class Stretched:
     def quantile(self, share: Tensor) -> Tensor:
         return _bisect(self.cdf, share + 0 * self.base.location, self.eps)
 
+    @cached_property
     def _span(self) -> tuple[Tensor, Tensor]:
         mu, std = self.base.location, self.base.scale
         low = torch.sigmoid(mu + _Z_LOW * std)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor
@@ -60,13 +61,16 @@ def noise_batch(
         UserError: an audio batch has no usable virtual grid.
     """
     audio = batch.audio if batch.audio is not None and bool((batch.audio.lengths > 0).any()) else None
-    # Both levels are always drawn, in this order, so that no flag changes the noise that follows.
-    given = shares or AV()
-    levels = _levels(batch, audio, sampler, lambda name, own, size: own.draw(size, generators, shares=given[name]))
-    if quantiles is not None:
-        levels = _levels(batch, audio, sampler, lambda name, own, size: own.quantile(quantiles, size))
-    if batch.video is not None and not independent_audio:
-        levels = AV(video=levels.video, audio=levels.video)
+    # For both levels numbers are drawn whether they are used or not, so that no flag changes the noise that follows.
+    drawn = torch.stack([torch.rand(2, 3, generator=g, dtype=torch.float64) for g in generators])  # [B, 2, 3]
+    uniforms, given = AV(video=drawn[:, 0], audio=drawn[:, 1]), shares or AV()
+
+    def level(name: Modality, own: NoiseLevelSampler, size: Size) -> Tensor:
+        if quantiles is not None:
+            return own.quantile(quantiles, size)
+        return own.level(uniforms[name], size, shares=given[name])
+
+    levels = _levels(batch, audio, sampler, level, independent_audio=independent_audio)
     return AV(
         video=None if batch.video is None else _noised_video(batch.video, levels.video, generators, device),
         audio=None if audio is None else _noised_audio(audio, levels.audio, generators, device),
@@ -78,6 +82,8 @@ def _levels(
     audio: AudioLatents | None,
     sampler: NoiseLevelSampler,
     level: Callable[[Modality, NoiseLevelSampler, Size], Tensor],
+    *,
+    independent_audio: bool,
 ) -> AV[Tensor]:
     """The levels [B] of each modality: ``level`` of its name, its sampler and its size."""
     for_audio = replace(sampler, clamp_shift=True)
@@ -85,10 +91,10 @@ def _levels(
         if audio is None:
             raise ValueError(f"batch {batch.keys} has neither video nor audio")
         return AV(audio=level("audio", for_audio, _virtual_grids(audio, batch.keys)))
-    grid = torch.tensor([batch.video.latents.shape[2:]])  # [1, 3]
-    video = level("video", sampler, grid)
-    lengths = [1] * batch.size if batch.audio is None else batch.audio.lengths.tolist()
-    return AV(video=video, audio=level("audio", for_audio, lengths))
+    video = level("video", sampler, torch.tensor([batch.video.latents.shape[2:]]))
+    if audio is None or not independent_audio:
+        return AV(video=video, audio=video)
+    return AV(video=video, audio=level("audio", for_audio, audio.lengths.tolist()))
 
 
 def _virtual_grids(audio: AudioLatents, keys: Sequence[SampleKey]) -> Tensor:
@@ -122,7 +128,7 @@ def _noised_video(
         noise=upload(noise, device),
         t=sigma[:, None],
         sigma=sigma,
-        coords=video_coords((frames, height, width), upload(video.fps, device)),
+        coords=_video_coords((frames, height, width), tuple(video.fps.tolist()), device),
         weight=torch.ones(clean.shape[:2], device=device),
         grid=(frames, height, width),
         target=slice(0, num_tokens),
@@ -146,9 +152,20 @@ def _noised_audio(
         noise=upload(noise, device),
         t=sigma[:, None],
         sigma=sigma,
-        coords=audio_coords(steps, batch, device),
+        coords=_audio_coords(steps, batch, device),
         weight=upload(supervised, device).to(torch.float32),
         grid=(steps, 1, 1),
         target=slice(0, steps),
         valid=None if bool(valid.all()) else upload(valid, device),
     )
+
+
+# Clips of a bucket lie on one grid, batch after batch, and their positions are two dozen operations, on a GPU launches.
+@lru_cache(maxsize=16)
+def _video_coords(grid: tuple[int, int, int], fps: tuple[float, ...], device: torch.device | str) -> Tensor:
+    return upload(video_coords(grid, torch.tensor(fps)), device)
+
+
+@lru_cache(maxsize=16)
+def _audio_coords(steps: int, batch: int, device: torch.device | str) -> Tensor:
+    return upload(audio_coords(steps, batch), device)

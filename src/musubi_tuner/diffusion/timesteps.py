@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -70,14 +71,19 @@ class NoiseLevelSampler:
     preserve_shape: bool = False
 
     def draw(self, size: Size, generators: Sequence[Generator], *, shares: Tensor | None = None) -> Tensor:
-        """Levels [B], fp32, on the CPU; sample i draws from ``generators[i]`` only, three numbers.
+        """:meth:`level` of random numbers; sample i draws from ``generators[i]`` only, three numbers."""
+        uniforms = torch.stack([torch.rand(3, generator=g, dtype=torch.float64) for g in generators])
+        return self.level(uniforms, size, shares=shares)
+
+    def level(self, uniforms: Tensor, size: Size, *, shares: Tensor | None = None) -> Tensor:
+        """Levels [B], fp32, on the CPU.
 
         Args:
+            uniforms: [B, 3], float64 random numbers in [0, 1).
             size: of what is denoised, without reference tokens.
             shares: [B] in [0, 1), places the levels instead of random numbers, see :mod:`.level_pool`; which part
                 of a mixture a level comes from stays random.
         """
-        uniforms = torch.stack([torch.rand(3, generator=g, dtype=torch.float64) for g in generators])  # [B, 3]
         if shares is not None:
             shares = shares.to(torch.float64).clamp(_SHARE_TAIL, 1 - _SHARE_TAIL)
             uniforms = torch.stack([shares, uniforms[:, 1], shares], dim=1)
@@ -98,7 +104,7 @@ class NoiseLevelSampler:
         return distribution.quantile(low + u * (high - low)).clamp(self.min_sigma, self.max_sigma).to(torch.float32)
 
     def _distribution(self, grids: Tensor) -> Distribution:
-        return SAMPLINGS[self.sampling](self, grids)
+        return _made_distribution(self, tuple(tuple(grid) for grid in grids.tolist()))
 
     def _squeezed(self, sigma: Tensor) -> Tensor:
         return self.min_sigma + sigma * (self.max_sigma - self.min_sigma)
@@ -123,6 +129,12 @@ class NoiseLevelSampler:
             self.max_sigma,
         )
         return self._squeezed(sigma)
+
+
+@lru_cache(maxsize=256)
+def _made_distribution(sampler: NoiseLevelSampler, grids: tuple[tuple[int, ...], ...]) -> Distribution:
+    # Clips of a bucket have one size, batch after batch, and the shift is a dozen operations on single numbers.
+    return SAMPLINGS[sampler.sampling](sampler, torch.tensor(grids))
 
 
 def default_shifted_logit_mode(version: str) -> Literal["legacy", "stretched"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +33,7 @@ class Uploader:
     def __init__(self, config: HubConfig, api: HubApi) -> None:
         self._config, self._api = config, api
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._latest: Future[object] | None = None  # of what is done one after the other
 
     def create_repository(self) -> None:
         """Make the repository unless it exists: private, if not asked to be public."""
@@ -49,10 +50,20 @@ class Uploader:
 
     def upload(self, paths: Iterable[Path], *, wait: bool) -> None:
         """Send files and folders; the last of a run are waited for, and others too without ``--async_upload``."""
-        sent = [self._executor.submit(self._send, path) for path in paths]
-        if wait or not self._config.async_upload:
-            for future in sent:
-                future.result()
+        for path in paths:
+            self._latest = self._executor.submit(self._send, path)
+        if self._latest is not None and (wait or not self._config.async_upload):
+            self._latest.result()
+
+    def when_sent(self, what: str, action: Callable[[], object]) -> None:
+        """Call ``action`` once all is sent that was to be sent so far: at once, or later in the uploading thread.
+
+        So nothing is removed that has yet to be uploaded, and training does not wait for the network.
+        """
+        if self._latest is None or self._latest.done():
+            action()
+        else:
+            self._latest = self._executor.submit(self._try, what, action)
 
     def close(self) -> None:
         """Wait for what is still being sent."""

@@ -29,11 +29,12 @@ from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
 
+from .compute import Compute
 from .fused_backward import PARTS
 from .optimizers import optimizer_class, parse_key_values
 from .outlook import batch_size
 from .previews import wants_previews
-from .setup import Compute, network_options, streams_built
+from .setup import network_options, streams_built
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,6 @@ import secrets
 import time
 from typing import Any
 
-import torch
-
 from musubi_tuner.common.tables import format_bytes, format_table
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.items import MODALITIES
@@ -17,8 +15,6 @@ from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
 from musubi_tuner.memory.estimate import Estimate
 
-from .lr_schedulers import ScheduleSettings
-from .memory_outlook import MemoryOutlook
 from .metadata import RunFacts
 from .outlook import (
     Trained,
@@ -28,66 +24,46 @@ from .outlook import (
     trained_by_stream,
 )
 from .references import reference_downscale
-from .setup import Compute
-from .state import Progress
-from .step import TaskSettings
-from .trainer import LoopSettings
+from .run_checks import CheckedRun
+from .run_parts import RunData, RunModel
 
 logger = logging.getLogger(__name__)
 
 
-def run_facts(
-    config: TrainNetworkConfig,
-    version: str,
-    progress: Progress,
-    loop: LoopSettings,
-    schedule: ScheduleSettings,
-    loader: BatchLoader,
-    optimizer: torch.optim.Optimizer,
-    task: TaskSettings,
-    compute: Compute,
-) -> RunFacts:
+def run_facts(checked: CheckedRun, data: RunData, model: RunModel) -> RunFacts:
+    """What the metadata of every file of the run says."""
+    loader, loop, optimizer = data.loader, model.loop, model.optimizer
     batches = loader.batches_per_epoch(loop.world_size)
     updates = math.ceil(batches / loop.accumulation)
     options = ",".join(f"{k}={v}" for k, v in optimizer.defaults.items() if k != "lr")
     return RunFacts(
-        version=version,
+        version=checked.version,
         session_id=str(secrets.randbelow(2**32)),
         started_at=time.time(),
-        seed=progress.seed,
-        num_items=len(loader.plan.training_set),
+        seed=checked.progress.seed,
+        num_items=len(data.training_set),
         batches_per_epoch=batches,
         num_epochs=math.ceil(loop.total_steps / updates),
         max_train_steps=loop.total_steps,
-        warmup_steps=schedule.warmup_steps,
-        preset=config.network.lora_target_preset,
-        shifted_logit_mode=task.sampler.shifted_logit_mode,
+        warmup_steps=data.schedule.warmup_steps,
+        preset=checked.config.network.lora_target_preset,
+        shifted_logit_mode=model.task.sampler.shifted_logit_mode,
         optimizer=f"{type(optimizer).__module__}.{type(optimizer).__name__}({options})",
-        mixed_precision=compute.mixed_precision,
+        mixed_precision=checked.compute.mixed_precision,
         datasets=_describe_datasets(loader),
-        reference_downscale=reference_downscale(loader.plan.training_set),
+        reference_downscale=reference_downscale(data.training_set),
         num_with_reference=sum(
-            item.reference is not None or item.reference_audio is not None for item in loader.plan.training_set.items()
+            item.reference is not None or item.reference_audio is not None for item in data.training_set.items()
         ),
     )
 
 
-def report_plan(
-    config: TrainNetworkConfig,
-    optimizer: torch.optim.Optimizer,
-    names: list[str],
-    loader: BatchLoader,
-    facts: RunFacts,
-    loop: LoopSettings,
-    memory: MemoryOutlook,
-) -> None:
-    """Log what will be trained, how long and in how much memory, and warn where a modality gets nothing.
-
-    ``names`` are those of the optimizer's parameters.
-    """
-    mode, plan = config.checkpoint.ltx2_mode, loader.plan
+def report_plan(checked: CheckedRun, data: RunData, model: RunModel, facts: RunFacts) -> None:
+    """Log what will be trained, how long and in how much memory, and warn where a modality gets nothing."""
+    config, memory, loop = checked.config, data.memory, model.loop
+    mode, plan = config.checkpoint.ltx2_mode, data.loader.plan
     silence = config.audio_loss.audio_silence_regularizer
-    trained = trained_by_stream(names, [p for group in optimizer.param_groups for p in group["params"]])
+    trained = trained_by_stream(model.names, model.parameters)
     specs = plan.for_epoch(0)
     sizes = [batch_size(plan, spec, silence=silence) for spec in specs]
     weights = memory.request.weights

@@ -36,9 +36,9 @@ from musubi_tuner.networks.lora_ltx2 import LoRANetwork
 
 from .optimizers import evaluation_weights
 from .references import reference_modalities
+from .reports import StepReport
 from .state import Progress
 from .tracking import Tracking
-from .trainer import StepReport
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ from .checkpoints import (
 from .hub import Uploader
 from .metadata import RunFacts, training_metadata
 from .optimizers import evaluation_weights
+from .reports import StepReport
 from .state import Progress, save_state
-from .trainer import StepReport
 from .weights import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -210,10 +211,17 @@ class Saver:
         )
         old = outdated(point, every, keep)
         if old is not None:
-            remove_lora(save.output_dir, save.output_name, old)
+            self._remove(old, remove_lora)
         old_state = outdated(point, every, keep if keep_state is None else keep_state)
         if old_state is not None:
-            remove_state(save.output_dir, save.output_name, old_state)
+            self._remove(old_state, remove_state)
+
+    def _remove(self, point: SavePoint, remove: Callable[[Path, str, SavePoint], None]) -> None:
+        action = partial(remove, self.config.save.output_dir, self.config.save.output_name, point)
+        if self.uploader is None:
+            action()
+        else:
+            self.uploader.when_sent(f"removing the files of {self._stem(point)}", action)
 
 
 def _require_usable(verdict: Verdict, progress: Progress) -> None:

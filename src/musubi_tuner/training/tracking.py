@@ -21,9 +21,9 @@ from musubi_tuner.config.tracking import TrackingConfig
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.generation.run import Rendered
 
+from .reports import StepReport
 from .sample_log import LOG_SAMPLE
 from .state import Progress
-from .trainer import StepReport
 
 logger = logging.getLogger(__name__)
 

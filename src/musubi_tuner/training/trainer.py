@@ -6,21 +6,18 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from musubi_tuner.common.devices import peak_memory
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.log import warn_once
 from musubi_tuner.common.progress import progress as progress_bar
 from musubi_tuner.common.progress import restart_clock
 from musubi_tuner.common.seeding import derive_seed, seed_dropout
-from musubi_tuner.common.tables import format_bytes
 from musubi_tuner.dataset.batch import Batch, SampleKey
 from musubi_tuner.dataset.collate import damaged_files
 from musubi_tuner.dataset.loader import BatchLoader
@@ -33,14 +30,14 @@ from .fused_backward import FusedBackward
 from .gradients import NORM, clip_gradients
 from .lr_plan import LrPlan
 from .optimizers import is_schedule_free, learning_rates
-from .pace import Waiting
+from .pace import Lookahead, PeakMemory, Waiting
+from .reports import Listener, StepReport
 from .state import Progress
 from .step import TaskSettings, TrainingView, prepare_view, view_losses
 from .tally import StepTally
 from .weights import WeightAction
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 MAX_SKIPPED_IN_A_ROW = 20
 _LOSSES = ("loss", "video", *AUDIO_TERMS)  # what a step reports; a batch may lack some
@@ -56,37 +53,6 @@ class LoopSettings:
     lr_plan: LrPlan
     rank: int = 0
     world_size: int = 1
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step found, over all processes.
-
-    Losses are means over the micro-batches that had the modality, or over the samples in a range of noise levels.
-    """
-
-    step: int  # 1-based
-    epoch: int  # 0-based
-    loss: float
-    losses: dict[str, float]
-    grad_norm: float
-    lrs: dict[str, float]  # by label of the group
-    seconds: float
-    num_tokens: int
-    average_loss: float
-    wait_share: float  # of the time, in which this process waited for data
-    peak_memory: int  # bytes, of this process
-    stepped: bool  # False: dropped, or no batch reached anything that is trained
-    scalars: Mapping[str, float] = field(default_factory=dict)  # further numbers to log, by their full names
-
-
-class Listener(Protocol):
-    """What the loop tells of: saving, previews, logging."""
-
-    def on_start(self, progress: Progress) -> None: ...
-    def on_step(self, report: StepReport, progress: Progress) -> None: ...
-    def on_epoch_end(self, epoch: int, progress: Progress) -> None: ...
-    def on_end(self, progress: Progress) -> None: ...
 
 
 @dataclass
@@ -109,8 +75,10 @@ class Trainer:
     _skipped_in_a_row: int = field(init=False, default=0)
     _first_step: int = field(init=False, default=1)
     _damaged: set[Path] = field(init=False, default_factory=set)
-    _peak: int = field(init=False, default=0)
-    _next_look: float = field(init=False, default=0.0)
+    _peak: PeakMemory = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._peak = PeakMemory(self.task.device)
 
     def run(self) -> None:
         """Train to the end.
@@ -167,7 +135,7 @@ class Trainer:
             window = itertools.islice(views, self.loop.accumulation)
             report = self._optimizer_step(window, epoch, prepare_next=views.prepare, waited=waiting.take)
             state.batch_in_epoch = min(state.batch_in_epoch + self.loop.accumulation, num_batches)
-            bar.set_postfix(self._postfix(report), refresh=False)
+            bar.set_postfix(report.postfix(), refresh=False)
             bar.update(1)
             if report.step == self._first_step:
                 restart_clock(bar)
@@ -228,7 +196,7 @@ class Trainer:
             num_tokens=totals.num_tokens,
             average_loss=self._record(loss),
             wait_share=min(waited() / seconds, 1.0),
-            peak_memory=self._peak_memory(),
+            peak_memory=self._peak.bytes(),
             stepped=stepped,
             scalars=scalars,
         )
@@ -313,48 +281,3 @@ class Trainer:
                 state.epoch_losses.append(loss)
         state.epoch_loss_index += 1
         return sum(state.epoch_losses) / max(1, len(state.epoch_losses))
-
-    def _peak_memory(self) -> int:
-        """Looked at once a second: PyTorch collects a hundred numbers for it."""
-        now = time.monotonic()
-        if now >= self._next_look:
-            self._peak, self._next_look = peak_memory(self.task.device), now + 1.0
-        return self._peak
-
-    @staticmethod
-    def _postfix(report: StepReport) -> dict[str, str]:
-        shown = {"avr_loss": f"{report.average_loss:.4f}"}
-        for name, short in (("video", "loss_v"), ("audio", "loss_a")):
-            value = report.losses.get(name)
-            shown[short] = "n/a" if value is None else f"{value:.4f}"
-        for name, short in (("audio_weight_effective", "audio_w"), ("audio_presence_ema", "audio_p")):
-            value = report.scalars.get(f"loss/{name}")
-            if value is not None:
-                shown[short] = f"{value:.3f}"
-        shown["tok/s"] = f"{report.num_tokens / report.seconds:.0f}"
-        shown["wait"] = f"{report.wait_share:.0%}"
-        shown["mem"] = format_bytes(report.peak_memory)
-        return shown
-
-
-class Lookahead(Iterator[T]):
-    """An iterator whose next item can be made early.
-
-    Launching a forward and backward pass returns before the device is done; the next batch's noise and copies
-    are made in that time, before the results are waited for.
-    """
-
-    def __init__(self, source: Iterable[T]) -> None:
-        self._source = iter(source)
-        self._ready: list[T] = []
-
-    def prepare(self) -> None:
-        """Make the next item now, if there is one."""
-        if not self._ready:
-            self._ready.extend(itertools.islice(self._source, 1))
-
-    def __next__(self) -> T:
-        self.prepare()
-        if not self._ready:
-            raise StopIteration
-        return self._ready.pop()

@@ -24,10 +24,11 @@ from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from .distributed import sum_over_processes
 from .levels import LEVEL_RANGES, level_range
 from .optimizers import evaluation_weights
+from .reports import StepReport
 from .state import Progress
 from .step import TaskSettings, prepare_view, view_losses
 from .tracking import Tracking
-from .trainer import LoopSettings, StepReport
+from .trainer import LoopSettings
 
 logger = logging.getLogger(__name__)
 
@@ -96,25 +97,35 @@ class Validator:
     rank: int = 0
     world_size: int = 1
     last: dict[str, float] = field(init=False, default_factory=dict)
-    _last_step: int = field(init=False, default=-1)
+    _last_step: int = field(init=False, default=0)  # measured last; before step 1 there is nothing to measure
 
     def __post_init__(self) -> None:
         self.task = replace(self.task, level_pool=None, first_frame_p=0.0, caption_dropout_rate=0.0)
         self._plan = validation_plan(self.training_set, self.task.seed)
 
     def on_start(self, progress: Progress) -> None:
-        self._last_step = progress.global_step  # nothing is trained yet that a validation could show
+        # The state that a run goes on from may be the last thing that the run before it did, with the measuring that
+        # was due at its step still ahead. Measured again, the loss is the same.
+        if self._is_due_at_step(progress) or self._is_due_at_epoch(progress):
+            self._validate(progress)
 
     def on_step(self, report: StepReport, progress: Progress) -> None:
-        if self.every_n_steps and progress.global_step % self.every_n_steps == 0:
+        if self._is_due_at_step(progress):
             self._validate(progress)
 
     def on_epoch_end(self, epoch: int, progress: Progress) -> None:
-        if self.every_n_epochs and (epoch + 1) % self.every_n_epochs == 0:
+        if self._is_due_at_epoch(progress):
             self._validate(progress)
 
     def on_end(self, progress: Progress) -> None:
         self._validate(progress)
+
+    def _is_due_at_step(self, progress: Progress) -> bool:
+        return bool(self.every_n_steps) and progress.global_step % self.every_n_steps == 0
+
+    def _is_due_at_epoch(self, progress: Progress) -> bool:
+        """Whether an epoch after which to measure has just ended."""
+        return bool(self.every_n_epochs) and progress.batch_in_epoch == 0 and progress.epoch % self.every_n_epochs == 0
 
     def _validate(self, progress: Progress) -> None:
         if progress.global_step == self._last_step:

@@ -140,6 +140,6 @@ def _loaded(checked: CheckedRun, data: RunData, task: TaskSettings) -> tuple[LTX
     config, checkpoint = checked.config, checked.checkpoint
     with told_with(data.memory):
         quantization = calibrated(
-            config, checkpoint, checked.quantization, data.loader.plan, task, streams_built(config)
+            config, checkpoint, checked.quantization, data.loader.plan, task, streams_built(config), checked.edits
         )
         return load_model(config, checkpoint, checked.compute, task.seed, quantization, checked.edits, checked.loftq)

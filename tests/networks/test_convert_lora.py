@@ -226,11 +226,29 @@ def test_magnitudes_of_dora_in_comfy_give_the_same_layer(tmp_path, capsys):
     torch.testing.assert_close(back[f"lora_unet_{flat_name(Q)}.dora_scale"], magnitude)
 
 
+def test_magnitudes_of_inputs_are_not_taken_for_those_of_outputs(tmp_path, capsys):
+    """A square layer's [1, 32] is no [32, 1]."""
+    first = dora_file(tmp_path / "a.safetensors", torch.rand(1, 32) + 0.5)
+    middle = convert(first, "comfy")
+    assert contents(middle)[f"{comfy_name(Q)}.dora_scale"].shape == (1, 32)
+    assert_same_tensors(convert(middle, "native"), first)
+    with pytest.raises(SystemExit):
+        convert(first, "diffusers", tmp_path / "no.safetensors")
+    assert "a magnitude for each input" in capsys.readouterr().err
+
+
+def test_magnitudes_are_not_rounded_with_the_factors(tmp_path):
+    magnitude = torch.rand(32, 1) + 0.5
+    path = convert(dora_file(tmp_path / "a.safetensors", magnitude), "diffusers", None, "--dtype", "bfloat16")
+    assert torch.equal(contents(path)[f"{diffusers_name(Q)}.lora_magnitude_vector"], magnitude.view(32))
+    assert contents(path)[f"{diffusers_name(Q)}.lora_A.weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     "suffixes",
     [
         ("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"),
-        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha", "dora_scale"),
+        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"),
         ("diff", "diff_b"),
         ("weight", "on_input"),
         ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"),

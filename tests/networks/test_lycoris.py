@@ -22,6 +22,7 @@ from musubi_tuner.networks.lycoris_bridge import LycorisNetwork, create_network,
 from musubi_tuner.networks.lycoris_files import LycorisReader, is_lycoris_file, open_adapter
 from musubi_tuner.networks.lycoris_layer import LycorisLinear, make_layer
 from musubi_tuner.networks.lycoris_options import LayerOptions
+from musubi_tuner.networks.magnitudes import comfy_magnitudes
 from musubi_tuner.networks.merge_model import merge_into_model
 from musubi_tuner.networks.verdict import Verdict
 
@@ -292,6 +293,37 @@ def test_converted_there_and_back(tmp_path: Path):
     converted = load_file(tmp_path / "comfy.safetensors")
     assert converted.keys() == load_file(own).keys()
     assert all(torch.equal(tensor, converted[key]) for key, tensor in load_file(own).items())
+
+
+@pytest.mark.parametrize("name", ["dora", "dokr", "doha, inputs"])
+def test_the_converted_file_with_lengths_gives_the_same_output(name, tmp_path: Path):
+    base = save_checkpoint(tmp_path / "base.safetensors", tiny_weights())
+    model = load(base)
+    network = network_of(model, **ALL[name])
+    network.apply_to(model)
+    vary_lengths(network)
+    expected, path = outputs(model), tmp_path / "native.safetensors"
+    network.save_checked(path, network.verdict(), None, {})
+    for fmt in ("comfy", "native"):
+        source, path = AdapterFile(path), tmp_path / f"to_{fmt}.safetensors"
+        convert_adapter(source, [Part(path)], fmt, magnitudes=comfy_magnitudes(source, fmt, base))
+        fresh = load(base)
+        create_network_from_weights(1.0, path, fresh).apply_to(fresh)
+        for key, value in outputs(fresh).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+
+
+def test_lengths_are_saved_in_float32(tmp_path: Path):
+    """Half precision rounds them by more than training changes them."""
+    model = tiny_transformer()
+    network = network_of(model, algo="lokr", dora_wd=True)
+    network.apply_to(model)
+    vary_lengths(network)
+    path = network.save_checked(tmp_path / "x.safetensors", network.verdict(), torch.bfloat16, {})
+    stored = LycorisReader(path).read_all().modules
+    for name, module in network.modules_by_name.items():
+        assert torch.equal(stored[name].lengths, module.lengths())
+        assert stored[name].tensors["lokr_w1"].dtype == torch.bfloat16
 
 
 def outputs(model: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 
-from .adapter_keys import ALPHA, DOWN, UP, Adapters, is_lora, parse_keys
+from .adapter_keys import ALPHA, DOWN, MAGNITUDE, UP, Adapters, is_lora, parse_keys
 from .alpha_notes import AlphaNote, read_notes, unfold
 from .formats import PEFT_METADATA, Format, peft_alpha, peft_config
 
@@ -62,6 +62,12 @@ class AdapterFile:
     def rank(self, name: str) -> int:
         return self.file.tensors[self.roles(name)[DOWN]].shape[0]
 
+    def of_inputs(self, name: str) -> bool:
+        """Whether a module of DoRA has a magnitude for each input, [1, K], instead of for each output."""
+        key = self.roles(name).get(MAGNITUDE)
+        shape = () if key is None else self.file.tensors[key].shape
+        return len(shape) == 2 and shape[0] == 1
+
     def up(self, name: str) -> tuple[Tensor, AlphaNote]:
         """B of a LoRA module before anything was folded into it, and its alpha; ``None`` where the file has none."""
         up = self.read(name, UP)
@@ -103,3 +109,8 @@ class AdapterFile:
             raise UserError(f"{name}: shapes {down} and {up} are no pair [r, in] and [out, r]")
         if down[0] == 0:
             raise UserError(f"{name} has rank 0")
+        if MAGNITUDE in infos:
+            count = torch.Size(infos[MAGNITUDE].shape).numel()
+            if count != (down[1] if self.of_inputs(name) else up[0]):
+                key, shape = self.roles(name)[MAGNITUDE], list(infos[MAGNITUDE].shape)
+                raise UserError(f"{key} {shape} is no magnitude for each of {up[0]} outputs (or {down[1]} inputs)")

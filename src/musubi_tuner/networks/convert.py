@@ -85,7 +85,8 @@ def convert_adapter(
         source: the file.
         parts: files to write; each takes the modules that it asks for.
         fmt: of the result.
-        dtype: of the factors; ``None`` keeps each as it is, so that nothing is lost.
+        dtype: of the factors; ``None`` keeps each as it is, so that nothing is lost. Alphas and magnitudes are always
+            kept as they are.
         keep_alpha: write ``.alpha`` also where the format does without; ComfyUI applies it, other readers may not.
         magnitudes: what becomes of DoRA's magnitudes; ``None`` keeps them.
 
@@ -122,8 +123,12 @@ def _check_target(source: AdapterFile, fmt: Format) -> None:
             f"{source.path}: {len(others)} LyCORIS modules, such as {example}; diffusers has no such format. "
             "Use native or comfy"
         )
-    if others and any(MAGNITUDE in source.roles(n) for n in others) and (fmt in FLAT) != (source.format in FLAT):
-        logger.warning("magnitudes (dora_scale) of LyCORIS modules are kept as they are")
+    inputs = [n for n in source.adapters.modules if source.of_inputs(n)]
+    if inputs and fmt == "diffusers":
+        raise UserError(
+            f"{source.path}: {len(inputs)} DoRA modules have a magnitude for each input (wd_on_output=False), such as "
+            f"{source.roles(inputs[0])[MAGNITUDE]}; diffusers has one for each output alone. Use native or comfy"
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class _Expression:
     def plan(self, name: str) -> _Plan:
         roles = self.source.roles(name)
         if not is_lora(roles):
-            return _Plan(tuple(self._as_it_is(name, role) for role in roles))
+            return _Plan(tuple(self._magnitude(name) if r == MAGNITUDE else self._as_it_is(name, r) for r in roles))
         up, note = self.source.up(name)
         outs = [self._out(name, DOWN, lambda: self.source.read(name, DOWN))]
         if MAGNITUDE in roles:
@@ -166,11 +171,10 @@ class _Expression:
         return _Plan(tuple(outs), note, plain=plain, rounded=exact is None)
 
     def _magnitude(self, name: str) -> _Out:
-        key = self.source.roles(name)[MAGNITUDE]
-        rows = self.source.file.tensors[self.source.roles(name)[UP]].shape[0]
-        shape = self.source.file.tensors[key].shape
-        if torch.Size(shape).numel() != rows:
-            raise UserError(f"{self.source.path}: {key} {list(shape)} is no magnitude for each of {rows} outputs")
+        if self.source.of_inputs(name):
+            return self._as_it_is(name, MAGNITUDE)
+        info = self.source.file.tensors[self.source.roles(name)[MAGNITUDE]]
+        rows = torch.Size(info.shape).numel()
         to = (rows,) if self.fmt == "diffusers" else (rows, 1)
 
         def make() -> Tensor:
@@ -178,27 +182,19 @@ class _Expression:
             changed = stored if self.magnitudes is None else self.magnitudes(name, stored.reshape(-1)).to(stored.dtype)
             return changed.reshape(to)
 
-        return self._out(name, MAGNITUDE, make, shape=to)
+        return _Out(TensorSpec(self._key(name, MAGNITUDE), info.dtype, to), make)
 
     def _as_it_is(self, name: str, role: str) -> _Out:
         info = self.source.file.tensors[self.source.roles(name)[role]]
-        dtype = info.dtype if self.dtype is None or role == ALPHA or info.dtype not in FLOATS else self.dtype
+        kept = role in (ALPHA, MAGNITUDE) or info.dtype not in FLOATS
+        dtype = info.dtype if self.dtype is None or kept else self.dtype
         spec = TensorSpec(self._key(name, role), dtype, info.shape)
         return _Out(spec, lambda: self.source.read(name, role).to(dtype))
 
-    def _out(
-        self,
-        name: str,
-        role: str,
-        make: Callable[[], Tensor],
-        stored: torch.dtype | None = None,
-        *,
-        shape: tuple[int, ...] | None = None,
-    ) -> _Out:
+    def _out(self, name: str, role: str, make: Callable[[], Tensor], stored: torch.dtype | None = None) -> _Out:
         info = self.source.file.tensors[self.source.roles(name)[role]]
         dtype = self.dtype or stored or info.dtype
-        spec = TensorSpec(self._key(name, role), dtype, info.shape if shape is None else shape)
-        return _Out(spec, lambda: make().to(dtype))
+        return _Out(TensorSpec(self._key(name, role), dtype, info.shape), lambda: make().to(dtype))
 
     def _key(self, name: str, role: str) -> str:
         flat = self.fmt in FLAT

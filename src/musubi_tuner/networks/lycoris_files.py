@@ -157,7 +157,7 @@ def write_lycoris(
 
     Args:
         modules: canonical name -> float32 tensors; lengths are as the format has them.
-        dtype: of the tensors; alpha is float32 always.
+        dtype: of the tensors; alpha and lengths, which half precision would round too much, are float32 always.
 
     Raises:
         UserError: a value is not finite, or the file does not hold what it should.
@@ -189,7 +189,7 @@ def _keys(
     for role, tensor in module.tensors.items():
         yield f"{spelled}.{names.get(role, role)}", stored(tensor, scale if role == UP else 1.0)
     if module.lengths is not None:
-        yield f"{spelled}.{DORA}", stored(module.lengths)
+        yield f"{spelled}.{DORA}", lambda: module.lengths.float().cpu().contiguous()
     if module.kind != "ia3" and not folded and module.alpha is not None:
         yield f"{spelled}.alpha", lambda: torch.tensor(module.alpha, dtype=torch.float32)
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.quantization.rows import row_chunks
 
 from .adapter_file import AdapterFile
-from .adapter_keys import DOWN, MAGNITUDE, UP, is_lora
+from .adapter_keys import MAGNITUDE
 from .base_weights import BaseWeights
 from .convert import Magnitudes
 from .formats import Format
+from .lycoris_files import LycorisReader
 
 
 def comfy_magnitudes(source: AdapterFile, fmt: Format, checkpoint: Path | None) -> Magnitudes | None:
@@ -25,7 +27,7 @@ def comfy_magnitudes(source: AdapterFile, fmt: Format, checkpoint: Path | None) 
     Raises:
         UserError: the checkpoint is needed and was not given, or is not that of the LoRA.
     """
-    adapted = [n for n, r in source.adapters.modules.items() if MAGNITUDE in r and is_lora(r)]
+    adapted = [n for n, r in source.adapters.modules.items() if MAGNITUDE in r and not source.of_inputs(n)]
     if not adapted or (source.format == "comfy") == (fmt == "comfy"):
         return None
     if checkpoint is None:
@@ -33,22 +35,20 @@ def comfy_magnitudes(source: AdapterFile, fmt: Format, checkpoint: Path | None) 
             f"{source.path}: {len(adapted)} modules are DoRA, whose magnitudes mean something else in ComfyUI; "
             "to convert them the weights are needed: give --ltx2_checkpoint"
         )
-    base = BaseWeights(checkpoint)
-    tensors = source.file.tensors
-    shapes = {n: tuple(tensors[source.roles(n)[r]].shape for r in (UP, DOWN)) for n in adapted}
-    base.require([(n, (up[0], down[1])) for n, (up, down) in shapes.items()], str(source.path))
+    base, reader = BaseWeights(checkpoint), LycorisReader(source.path)
+    base.require([(n, reader.read(n).shape) for n in adapted], str(source.path))
 
     def converted(name: str, magnitude: Tensor) -> Tensor:
-        ratio = _norm_ratio(source, base, name)
+        ratio = _norm_ratio(reader, base, name)
         return magnitude.float() * ratio if fmt == "comfy" else magnitude.float() / ratio
 
     return converted
 
 
-def _norm_ratio(source: AdapterFile, base: BaseWeights, name: str) -> Tensor:
+def _norm_ratio(reader: LycorisReader, base: BaseWeights, name: str) -> Tensor:
     """|W| / |W + dW| for each output, [N]."""
-    weight = base.dense(f"{name}.weight")
+    weight, module = base.dense(f"{name}.weight"), reader.read(name).to("cpu")
     before = weight.norm(dim=1)
-    up, note = source.up(name)
-    weight.addmm_(up.float() * note.scale(source.rank(name)), source.read(name, DOWN).float())
+    for rows in row_chunks(*weight.shape):
+        weight[rows] += module.rows(rows, 1.0)
     return before / weight.norm(dim=1)

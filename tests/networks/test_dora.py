@@ -16,6 +16,7 @@ from musubi_tuner.networks.dora import DoRALinear
 from musubi_tuner.networks.formats import load_lora
 from musubi_tuner.networks.lora import LoRALinear
 from musubi_tuner.networks.lora_ltx2 import create_network, create_network_from_weights
+from musubi_tuner.networks.lycoris_files import LycorisModule
 from musubi_tuner.quantization.linear import pack_linear
 from musubi_tuner.quantization.packed import Fp8, Nf4
 
@@ -129,7 +130,7 @@ def test_merged_weights_equal_the_applied_network():
     network.detach()
     for name, module in network.as_lora_file().modules.items():
         weight = model.get_submodule(name).weight
-        weight += module.change(weight.clone(), 0.7)
+        weight += LycorisModule.of(module).change(slice(None), weight.clone(), 0.7, over_base=False)
     for key, value in run(model).items():
         torch.testing.assert_close(value, applied[key], rtol=1e-4, atol=1e-5)
 

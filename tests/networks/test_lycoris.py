@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.load import load_transformer, transformer_shapes
 from musubi_tuner.networks.adapter_file import AdapterFile
 from musubi_tuner.networks.attached import Switch
 from musubi_tuner.networks.convert import Part, convert_adapter
@@ -24,6 +26,7 @@ from musubi_tuner.networks.lycoris_layer import LycorisLinear, make_layer
 from musubi_tuner.networks.lycoris_options import LayerOptions
 from musubi_tuner.networks.magnitudes import comfy_magnitudes
 from musubi_tuner.networks.merge_model import merge_into_model
+from musubi_tuner.networks.merge_on_load import open_base_weights, weight_edits
 from musubi_tuner.networks.verdict import Verdict
 
 ADDING = {
@@ -346,14 +349,42 @@ def test_merged_equals_applied(name, tmp_path: Path):
         assert not torch.allclose(value, base[key], atol=1e-4)
 
 
-def test_what_changes_more_than_a_sum_is_not_merged(tmp_path: Path):
+@pytest.mark.parametrize("fmt", ["native", "comfy"])
+@pytest.mark.parametrize("name", ["ia3", "ia3, inputs", "dora", "dokr"])
+def test_what_changes_more_than_a_sum_is_merged_as_applied(name, fmt, tmp_path: Path, monkeypatch):
+    """Into a checkpoint and while loading, a few rows at a time."""
+    monkeypatch.setattr("musubi_tuner.quantization.rows._ELEMENTS", 160)
+    base = save_checkpoint(tmp_path / "base.safetensors", tiny_weights())
+    model = load(base)
+    network = network_of(model, **ALL[name]).eval()
+    network.apply_to(model)
+    vary_lengths(network)
+    network.multiplier = 0.7
+    expected = outputs(model)
+    file = network.save_checked(tmp_path / "x.safetensors", network.verdict(), None, {}, fmt=fmt)
+    merge_into_model(base, [(open_adapter(file), 0.7)], tmp_path / "merged.safetensors")
+    edits = weight_edits(open_base_weights([file], [0.7]), transformer_shapes(Checkpoint.open(base), "av"))
+    loaded = load_transformer(
+        Checkpoint.open(base), mode="av", dtype=torch.float32, device="cpu", quantization=None, edits=edits
+    )
+    for merged in (load(tmp_path / "merged.safetensors"), loaded):
+        for key, value in outputs(merged).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
+
+
+def test_lengths_of_inputs_are_not_merged(tmp_path: Path):
     path = save_checkpoint(tmp_path / "base.safetensors", tiny_weights())
     model = load(path)
-    network = network_of(model, algo="lokr", **{"modules.*.attn2.*.dora_wd": "True"})
+    options = {"modules.*.attn2.*.dora_wd": "True", "modules.*.attn2.*.wd_on_output": "False"}
+    network = network_of(model, algo="lokr", **options)
     network.apply_to(model)
     file = network.save_checked(tmp_path / "x.safetensors", network.verdict(), None, {})
-    with pytest.raises(UserError, match="8 modules are IA3 or DoRA of LyCORIS"):
-        merge_into_model(path, [(open_adapter(file), 1.0)], tmp_path / "merged.safetensors")
+    for merge in (
+        lambda: merge_into_model(path, [(open_adapter(file), 1.0)], tmp_path / "merged.safetensors"),
+        lambda: weight_edits(open_base_weights([file], []), transformer_shapes(Checkpoint.open(path), "av")),
+    ):
+        with pytest.raises(UserError, match="8 modules are DoRA with a length for each input"):
+            merge()
     assert not (tmp_path / "merged.safetensors").exists()
 
 

@@ -75,8 +75,8 @@ class BaseWeights:
         flat = dequantize_fp8(tensor.reshape(tensor.shape[0], -1), scale, torch.float32)
         return flat.view(tensor.shape)
 
-    def require(self, sizes: Iterable[tuple[str, tuple[int, int]]], source: str) -> None:
-        """Check that the modules of a LoRA, with their (N, K), are here.
+    def require(self, sizes: Iterable[tuple[str, tuple[int | None, int | None]]], source: str) -> None:
+        """Check that the modules of an adapter, with their (N, K), are here; ``None``: any size.
 
         Raises:
             UserError: some are missing or have other sizes.
@@ -89,9 +89,15 @@ class BaseWeights:
                 f"{source}: {len(lost)} of its {len(sizes)} modules have no weight in {self.path.name} ({names}); "
                 "it belongs to another model or version"
             )
-        if wrong := [(name, shape) for name, shape in sizes if own[name] != shape]:
+        if wrong := [(name, shape) for name, shape in sizes if not fits(own[name], shape)]:
             name, (n, k) = wrong[0]
+            k, n = k or "any", n or "any"
             raise UserError(
                 f"{source}: {name} is made for a layer of {k} -> {n} features, that of {self.path.name} has "
                 f"{own[name][1]} -> {own[name][0]}; it is a LoRA of another model"
             )
+
+
+def fits(shape: tuple[int, ...], wanted: tuple[int | None, int | None]) -> bool:
+    """Whether a weight has the (N, K) that an adapter is made for; ``None``: any."""
+    return len(shape) == 2 and all(w in (None, s) for s, w in zip(shape, wanted, strict=True))

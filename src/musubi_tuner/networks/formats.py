@@ -105,23 +105,10 @@ class LoraModule:
         """The change of the weight, [N, K] in float32."""
         return (self.up.float() * (multiplier * self.info.scale)) @ self.down.float()
 
-    def change(self, weight: Tensor, multiplier: float = 1.0, *, over_base: bool = False) -> Tensor:
-        """What adapting adds to ``weight`` [N, K] (float32). ``over_base``: see :func:`lengths_over_base`."""
-        if self.dora_scale is None:
-            return self.delta(multiplier)
-        adapted = weight + self.delta()
-        norms = (weight if over_base else adapted).norm(dim=1, keepdim=True)
-        return (adapted * (self.dora_scale.float() / norms.clamp(min=1e-30)) - weight) * multiplier
-
     def folded(self, multiplier: float = 1.0) -> LoraModule:
         """The delta times ``multiplier``, with alpha = r; ``up`` becomes float32 unless nothing changes."""
         scale = multiplier * self.info.scale
         return replace(self, up=self.up if scale == 1 else self.up.float() * scale, alpha=None)
-
-    def on(self, device: torch.device) -> LoraModule:
-        """The same on another device."""
-        lengths = None if self.dora_scale is None else self.dora_scale.to(device)
-        return replace(self, down=self.down.to(device), up=self.up.to(device), dora_scale=lengths)
 
     def to(self, dtype: torch.dtype) -> LoraModule:
         return replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
@@ -305,7 +292,7 @@ def refuse_dora(readers: Iterable[LoraReader]) -> None:
         if any(info.dora for info in reader.infos.values()):
             raise UserError(
                 f"{reader.path}: DoRA cannot be merged here, since its lengths depend on the base weight; use the file "
-                "as it is, or in training --base_weights"
+                "as it is, in training --base_weights, or merge it into a checkpoint with ltx2_merge_lora_to_model.py"
             )
 
 
@@ -322,7 +309,10 @@ def _check_other_key(key: str) -> None:
     """Complain about a key that changes the result but is not understood."""
     for pattern, kind in _UNSUPPORTED.items():
         if re.fullmatch(pattern, key):
-            raise UserError(f"{key}: a {kind} file; only LoRA and DoRA (down/up pairs) are supported")
+            hint = ""
+            if kind.startswith("LyCORIS"):
+                hint = "; training goes on from it with --network_module lycoris.kohya"
+            raise UserError(f"{key}: a {kind} file, expected LoRA or DoRA (down/up pairs){hint}")
 
 
 def _read_dtype(info: TensorInfo, name: str) -> torch.dtype:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.progress import progress
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 
 from .adapter_file import AdapterFile
@@ -23,9 +24,10 @@ from .adapter_keys import ALPHA, MAGNITUDE, is_lora
 from .adapter_keys import DOWN as DOWN_ROLE
 from .adapter_keys import UP as UP_ROLE
 from .adapter_math import DORA, DOWN, UP, Kind, delta_rows, kind_of, scale_of, shape_of
-from .formats import SPELLINGS, Format, LoraReader, lengths_over_base
+from .formats import SPELLINGS, Format, LoraModule, LoraReader, lengths_over_base
 from .hashes import TensorSpec, write_safetensors
 
+_TINY = 1e-30
 _ROLES = {DOWN_ROLE: DOWN, UP_ROLE: UP, MAGNITUDE: DORA}
 
 
@@ -51,12 +53,37 @@ class LycorisModule:
 
     def to(self, device: torch.device | str) -> LycorisModule:
         """In float32, where products are computed."""
-        return replace(self, tensors={k: t.to(device, torch.float32) for k, t in self.tensors.items()})
+        lengths = None if self.lengths is None else self.lengths.to(device, torch.float32)
+        return replace(self, tensors={k: t.to(device, torch.float32) for k, t in self.tensors.items()}, lengths=lengths)
 
-    def rows(self, rows: slice, multiplier: float) -> Tensor:
-        """Rows of what is added to the weight, in the tensors' dtype."""
-        scale = multiplier * scale_of(self.kind, self.tensors, self.alpha)
-        return delta_rows(self.kind, self.tensors, scale, rows)
+    @classmethod
+    def of(cls, lora: LoraModule) -> LycorisModule:
+        return cls("lora", {UP: lora.up, DOWN: lora.down}, lora.alpha, lora.dora_scale)
+
+    @property
+    def of_inputs(self) -> bool:
+        """Whether there is a length of DoRA for each input instead of each output."""
+        return self.lengths is not None and self.lengths.dim() == 2 and self.lengths.shape[0] == 1
+
+    def rows(self, rows: slice) -> Tensor:
+        """Rows of dW, before lengths of DoRA are applied; not of IA3."""
+        return delta_rows(self.kind, self.tensors, scale_of(self.kind, self.tensors, self.alpha), rows)
+
+    def change(self, rows: slice, weight: Tensor, multiplier: float, *, over_base: bool) -> Tensor:
+        """What is added to these rows of a weight, float32; not with lengths of inputs, which need all rows.
+
+        Args:
+            weight: the rows of the base weight, [n, K].
+            over_base: see :func:`lengths_over_base`.
+        """
+        if self.kind == "ia3":
+            factors = self.tensors["weight"]
+            return weight * multiplier * (factors if bool(self.tensors["on_input"]) else factors[rows, None])
+        if self.lengths is None:
+            return self.rows(rows) * multiplier
+        adapted = weight + self.rows(rows)
+        norms = (weight if over_base else adapted).norm(dim=1, keepdim=True).clamp(min=_TINY)
+        return (adapted * (self.lengths.view(-1, 1)[rows] / norms) - weight) * multiplier
 
 
 @dataclass(frozen=True)
@@ -140,6 +167,30 @@ def is_lycoris_file(path: str | os.PathLike[str]) -> bool:
     if any(part in name for name in names for part in (".lokr_", ".hada_", ".on_input")):
         return not all(is_lora(roles) for roles in AdapterFile(path).adapters.modules.values())
     return any(name.endswith(f".{DORA}") and info.shape[:1] == (1,) for name, info in names.items())
+
+
+def adapter_module(reader: LoraReader | LycorisReader, name: str) -> LycorisModule:
+    """One module of a file of either kind."""
+    found = reader.read(name)
+    return LycorisModule.of(found) if isinstance(found, LoraModule) else found
+
+
+def mergeable_sizes(reader: LoraReader | LycorisReader) -> list[tuple[str, tuple[int | None, int | None]]]:
+    """Modules of a file that is to become part of weights, with the (N, K) of their layers; ``None``: any.
+
+    Raises:
+        UserError: a module cannot be merged a few rows at a time.
+    """
+    if isinstance(reader, LoraReader):
+        return [(n, (i.out_features, i.in_features)) for n, i in reader.infos.items()]
+    modules = {name: reader.read(name) for name in progress(reader.names, desc="reading", unit="module", leave=False)}
+    special = [n for n, m in modules.items() if m.of_inputs]
+    if special:
+        raise UserError(
+            f"{reader.path}: {len(special)} modules are DoRA with a length for each input (wd_on_output=False), such "
+            f"as {special[0]}, which is not merged into weights; use the file as it is"
+        )
+    return [(name, module.shape) for name, module in modules.items()]
 
 
 # --- writing ---

@@ -50,5 +50,5 @@ def _norm_ratio(reader: LycorisReader, base: BaseWeights, name: str) -> Tensor:
     weight, module = base.dense(f"{name}.weight"), reader.read(name).to("cpu")
     before = weight.norm(dim=1)
     for rows in row_chunks(*weight.shape):
-        weight[rows] += module.rows(rows, 1.0)
+        weight[rows] += module.rows(rows)
     return before / weight.norm(dim=1)

@@ -1,6 +1,7 @@
-"""LoRAs, LoKrs and LoHas into the weights of a checkpoint, one weight in memory at a time.
+"""LoRAs, DoRAs and LyCORIS files into the weights of a checkpoint, one weight in memory at a time.
 
 ``W + sum of multiplier * dW``, with ``dW = alpha / r * up @ down`` of a LoRA, is computed in float32 and rounded once.
+Of DoRA and IA3 ``dW`` is what they make of ``W``, less ``W``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.common.progress import bytes_progress, progress
+from musubi_tuner.common.progress import bytes_progress
 from musubi_tuner.common.safetensors_io import write_streamed
 from musubi_tuner.models.ltx2.keys import transformer_keys
 from musubi_tuner.models.ltx2.quantize import is_target
@@ -26,8 +27,8 @@ from musubi_tuner.quantization.fp8 import FP8_DTYPES, dequantize_fp8, quantize_f
 from musubi_tuner.quantization.rows import row_chunks
 
 from .base_weights import BaseWeights
-from .formats import LoraReader, refuse_dora
-from .lycoris_files import LycorisReader
+from .formats import LoraReader, lengths_over_base
+from .lycoris_files import LycorisReader, adapter_module, mergeable_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,8 @@ def merge_into_model(
         UserError: a LoRA has a module without its weight, or a value is not finite. No file is written then.
     """
     base = BaseWeights(base_path)
-    refuse_dora(reader for reader, _ in loras if isinstance(reader, LoraReader))
     for reader, _ in loras:
-        base.require(_sizes(reader), str(reader.path))
+        base.require(mergeable_sizes(reader), str(reader.path))
     used = [(reader, m) for reader, m in loras if m != 0]
     parts = {f"{n}.weight": [(r, m) for r, m in used if n in r.infos] for reader, _ in used for n in reader.infos}
     forms = _forms(base, output)
@@ -189,38 +189,24 @@ def _tensors(
 
 
 class _Delta:
-    """The sum of the deltas of one module, made a few rows at a time."""
+    """What all adapters add to one weight, made a few rows at a time."""
 
     def __init__(self, parts: Sequence[tuple[Adapter, float]], name: str, device: torch.device | str) -> None:
         self.device = torch.device(device)
         module = name.removesuffix(".weight")
-        loras = [r.read(module).folded(m).to(torch.float32) for r, m in parts if isinstance(r, LoraReader)]
+        sums = [(r, m) for r, m in parts if isinstance(r, LoraReader) and not r.infos[module].dora]
+        loras = [r.read(module).folded(m).to(torch.float32) for r, m in sums]
         self._up = torch.cat([m.up for m in loras], dim=1).to(device) if loras else None  # [N, R]
         self._down = torch.cat([m.down for m in loras]).to(device) if loras else None  # [R, K]
-        self._others = [(r.read(module).to(device), m) for r, m in parts if isinstance(r, LycorisReader)]
+        others = [part for part in parts if part not in sums]
+        self._others = [(adapter_module(r, module).to(device), m, lengths_over_base(r.format)) for r, m in others]
+        self.empty = not (loras or self._others)
 
-    def rows(self, rows: slice) -> Tensor | None:
+    def rows(self, rows: slice, weight: Tensor) -> Tensor:
+        """``weight``: the same rows of the base."""
         found = [] if self._up is None else [self._up[rows] @ self._down]
-        found += [module.rows(rows, multiplier) for module, multiplier in self._others]
-        return sum(found[1:], found[0]) if found else None
-
-
-def _sizes(reader: Adapter) -> list[tuple[str, tuple[int, int]]]:
-    """Modules with their (N, K).
-
-    Raises:
-        UserError: a module does more than to add to its weight.
-    """
-    if isinstance(reader, LoraReader):
-        return [(n, (i.out_features, i.in_features)) for n, i in reader.infos.items()]
-    modules = {name: reader.read(name) for name in progress(reader.names, desc="reading", unit="module", leave=False)}
-    special = [n for n, m in modules.items() if m.kind == "ia3" or m.lengths is not None]
-    if special:
-        raise UserError(
-            f"{reader.path}: {len(special)} modules are IA3 or DoRA of LyCORIS, such as {special[0]}, which change a "
-            "weight by more than a sum; they cannot be merged, use the file as it is"
-        )
-    return [(name, module.shape) for name, module in modules.items()]
+        found += [module.change(rows, weight, m, over_base=over_base) for module, m, over_base in self._others]
+        return sum(found[1:], found[0])
 
 
 def _merged(
@@ -238,7 +224,7 @@ def _merged(
     result = torch.empty(rows_of.shape, dtype=exact)
     for rows in row_chunks(*rows_of.shape):
         weight = _dense(rows_of[rows], _rows_of_scale(stored_scale, rows)).to(delta.device)
-        change = delta.rows(rows)
+        change = None if delta.empty else delta.rows(rows, weight)
         if change is not None:
             weight += change
             total.change += float(torch.linalg.vector_norm(change)) ** 2
@@ -252,7 +238,7 @@ def _merged(
     if form.scale is None:
         return result.view(tensor.shape), None
     quantised, scale = _quantised(result, form)
-    if delta.rows(slice(0, 1)) is not None:
+    if not delta.empty:
         total.error += float(torch.linalg.vector_norm(_dense(quantised, scale).sub_(result))) ** 2
     return quantised.view(tensor.shape), scale
 

@@ -1,4 +1,4 @@
-"""LoRA files that become part of the base model while it is loaded (``--base_weights``)."""
+"""Adapter files that become part of the base model while it is loaded (``--base_weights``)."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.quantization.rows import row_chunks
 
 from .adapter_network import absent_modules
+from .base_weights import fits
 from .formats import LoraReader, lengths_over_base
+from .lycoris_files import LycorisReader, adapter_module, mergeable_sizes, open_adapter
 
 logger = logging.getLogger(__name__)
 
-_Part = tuple[LoraReader, float]
+_Part = tuple[LoraReader | LycorisReader, float]
 
 
 def open_base_weights(paths: Sequence[Path], multipliers: Sequence[float]) -> list[_Part]:
     """The files and their strengths; a missing strength is 1.
 
     Raises:
-        UserError: a file is no LoRA of LTX-2.
+        UserError: a file is no adapter of LTX-2.
     """
     strengths = [*multipliers, *[1.0] * (len(paths) - len(multipliers))]
-    return [(LoraReader(path), strength) for path, strength in zip(paths, strengths, strict=True)]
+    return [(open_adapter(path), strength) for path, strength in zip(paths, strengths, strict=True)]
 
 
 def weight_edits(
@@ -44,32 +48,34 @@ def weight_edits(
     concerned: dict[str, list[_Part]] = {}
     for reader, strength in parts:
         linears = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
-        absent = absent_modules(reader.infos, linears, str(reader.path))
+        sizes = dict(mergeable_sizes(reader))
+        absent = absent_modules(sizes, linears, str(reader.path))
         if absent:
             logger.warning("%s: %d modules are left out, such as %s", reader.path, len(absent), absent[0])
-        for module in reader.infos.keys() - set(absent):
-            _check_size(reader, module, shapes[f"{module}.weight"])
+        for module in sizes.keys() - set(absent):
+            _check_size(reader, module, sizes[module], shapes[f"{module}.weight"])
             concerned.setdefault(module, []).append((reader, strength))
-        logger.info("merging %s x %g into the base: %d modules", reader.path.name, strength, len(reader.infos))
+        logger.info("merging %s x %g into the base: %d modules", reader.path.name, strength, len(sizes))
     return {f"{module}.weight": _edit(module, using) for module, using in concerned.items()}
 
 
 def _edit(module: str, using: Sequence[_Part]) -> Callable[[Tensor], Tensor]:
     def edit(weight: Tensor) -> Tensor:
-        base = weight.float()
-        changed = base.clone()
-        for reader, strength in using:
-            part = reader.read(module).on(base.device)
-            changed += part.change(base, strength, over_base=lengths_over_base(reader.format))
-        return changed.to(weight.dtype)
+        parts = [(adapter_module(r, module).to(weight.device), m, lengths_over_base(r.format)) for r, m in using]
+        changed = torch.empty_like(weight)
+        for rows in row_chunks(*weight.shape):
+            base = weight[rows].float()
+            changed[rows] = base + sum(part.change(rows, base, m, over_base=over) for part, m, over in parts)
+        return changed
 
     return edit
 
 
-def _check_size(reader: LoraReader, module: str, shape: tuple[int, ...]) -> None:
-    info = reader.infos[module]
-    if (info.out_features, info.in_features) != tuple(shape):
+def _check_size(
+    reader: LoraReader | LycorisReader, module: str, size: tuple[int | None, int | None], shape: tuple[int, ...]
+) -> None:
+    if not fits(shape, size):
         raise UserError(
-            f"{reader.path}: {module} is made for a layer of {info.in_features} -> {info.out_features} features, "
+            f"{reader.path}: {module} is made for a layer of {size[1] or 'any'} -> {size[0] or 'any'} features, "
             f"the model's has {shape[1]} -> {shape[0]}; it is a LoRA of another model"
         )

@@ -258,7 +258,7 @@ def test_magnitudes_are_not_rounded_with_the_factors(tmp_path):
 def test_lycoris_keeps_tensors_and_alpha(tmp_path, suffixes, capsys):
     flat = f"lora_unet_{flat_name(CROSS)}"
     first = tmp_path / "a.safetensors"
-    save_safetensors({f"{flat}.{s}": torch.tensor(2.5) if s == "alpha" else torch.randn(3, 2) for s in suffixes}, first)
+    save_safetensors({f"{flat}.{s}": torch.tensor(2.5) if s == "alpha" else torch.randn(2, 2) for s in suffixes}, first)
     middle = convert(first, "comfy")
     assert set(contents(middle)) == {f"{comfy_name(CROSS)}.{s}" for s in suffixes}
     assert_same_tensors(convert(middle, "native"), first)
@@ -297,6 +297,17 @@ BAD = {
     "checkpoint": (tiny_weights(), [], "is no LoRA"),
     "other model": ({"lora_unet_double_blocks_0.lora_up.weight": torch.ones(2, 2)}, [], "a LoRA of another model"),
     "half": (dict([next(iter(PAIR.items()))]), [], "has lora_down but no lora_up weight"),
+    "half of a LoKr": ({f"{comfy_name(Q)}.lokr_w1": torch.ones(2, 2)}, [], "the file is incomplete"),
+    "LoKr of rank 0": (
+        {
+            f"{comfy_name(Q)}.lokr_w1": torch.ones(2, 2),
+            f"{comfy_name(Q)}.lokr_w2_a": torch.ones(2, 0),
+            f"{comfy_name(Q)}.lokr_w2_b": torch.ones(0, 2),
+        },
+        [],
+        "lokr_w2_a has rank 0",
+    ),
+    "empty alpha": ({**PAIR, f"{comfy_name(Q)}.alpha": torch.ones(0)}, [], "expected one number"),
     "alpha alone": ({**PAIR, f"{comfy_name(AUDIO)}.alpha": torch.tensor(1.0)}, [], "but no weights"),
     "rank 0": ({k: torch.ones([0 if n == 2 else n for n in t.shape]) for k, t in PAIR.items()}, [], "has rank 0"),
     "nan": ({k: t * float("nan") for k, t in PAIR.items()}, [], "holds NaN or infinity"),

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.networks.lora import LoRALinear, Switch
-from musubi_tuner.networks.lora_ltx2 import create_network
+from musubi_tuner.networks.lora_ltx2 import check_arguments, create_network
 from musubi_tuner.networks.network_args import parse_network_args
+from musubi_tuner.networks.targets import linear_names
 
 
 def assert_same(a: dict, b: dict) -> None:
@@ -406,3 +407,11 @@ def test_full_preset_mentions_the_gates(caplog):
     with caplog.at_level(logging.INFO):
         create_network(1.0, 4, 1.0, tiny_transformer(), lora_target_preset="full")
         assert "12 attention gates" in caplog.text
+
+
+def test_arguments_for_convolutions_are_mentioned_once(caplog):
+    """Arguments are read several times before the network is made."""
+    model = tiny_transformer()
+    check_arguments(linear_names(model), 4, 1.0, conv_dim="8")
+    create_network(1.0, 4, 1.0, model, conv_dim="8")
+    assert sum("hold no convolutions" in r.message for r in caplog.records) == 1

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.common.safetensors_io import SafetensorsFile
+from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo
 
 from .adapter_keys import ALPHA, DOWN, MAGNITUDE, UP, Adapters, is_lora, parse_keys
+from .adapter_math import kind_of, shape_of
 from .alpha_notes import AlphaNote, read_notes, unfold
 from .formats import PEFT_METADATA, Format, peft_alpha, peft_config
 
@@ -102,7 +104,10 @@ class AdapterFile:
         for role, info in infos.items():
             if info.dtype not in FLOATS and role not in _INTEGERS:
                 raise UserError(f"{self.roles(name)[role]}: {dtype_name(info.dtype)}, expected floating point")
+        if ALPHA in infos and torch.Size(infos[ALPHA].shape).numel() != 1:
+            raise UserError(f"{self.roles(name)[ALPHA]}: {list(infos[ALPHA].shape)}, expected one number")
         if not is_lora(infos):
+            _check_lycoris(name, infos)
             return
         down, up = infos[DOWN].shape, infos[UP].shape
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
@@ -114,3 +119,13 @@ class AdapterFile:
             if count != (down[1] if self.of_inputs(name) else up[0]):
                 key, shape = self.roles(name)[MAGNITUDE], list(infos[MAGNITUDE].shape)
                 raise UserError(f"{key} {shape} is no magnitude for each of {up[0]} outputs (or {down[1]} inputs)")
+
+
+def _check_lycoris(name: str, infos: Mapping[str, TensorInfo]) -> None:
+    """LoKr and LoHa have all their factors, which fit each other; of convolutions (Tucker) that is not known."""
+    if any(r.startswith(("lokr_w", "hada_w")) for r in infos) and not infos.keys() & {"lokr_t2", "hada_t1", "hada_t2"}:
+        tensors = {role: info for role, info in infos.items() if role not in (ALPHA, MAGNITUDE)}
+        try:
+            shape_of(kind_of(tensors), tensors)
+        except UserError as error:
+            raise UserError(f"{name}: {error}; the file is incomplete or broken") from None

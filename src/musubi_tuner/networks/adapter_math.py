@@ -89,7 +89,7 @@ def shape_of(kind: Kind, tensors: Mapping[str, Tensor]) -> tuple[int | None, int
 def _factor_shape(tensors: Mapping[str, Tensor], index: int) -> tuple[int, int]:
     whole, parts = _LOKR[index - 1]
     if whole in tensors:
-        if tensors[whole].dim() != 2:
+        if len(tensors[whole].shape) != 2:
             raise UserError(f"{whole}: expected two dimensions")
         return tuple(tensors[whole].shape)
     _fit(tensors, *parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from .names import NATIVE_PREFIX, flat_name, in_transformer
 from .network_args import NetworkArgs
 from .targets import modality_of
 from .verdict import Verdict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class AdapterNetwork(nn.Module):
         self.args = args or NetworkArgs()
         self._switch = switch
         self._multiplier = 1.0
+        if self.args.conv_dim is not None or self.args.conv_alpha is not None:
+            logger.warning("--network_args conv_dim, conv_alpha: LTX-2's blocks hold no convolutions; ignored")
         for name, module in modules.items():
             self.add_module(NATIVE_PREFIX + flat_name(name), module)
 

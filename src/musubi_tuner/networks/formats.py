@@ -259,7 +259,10 @@ class LoraReader:
         for name, info in self.infos.items():
             module = _KEY.fullmatch(self._keys[name].down)["module"]
             if module + _ALPHA in self._file.tensors:
-                alpha = float(self._file.read_one(module + _ALPHA).reshape(-1)[0])
+                stored = self._file.read_one(module + _ALPHA)
+                if stored.numel() != 1:
+                    raise UserError(f"{module}{_ALPHA}: {list(stored.shape)}, expected one number")
+                alpha = float(stored)
                 if not abs(alpha) < float("inf"):
                     raise UserError(f"{module}{_ALPHA} is {alpha}")
                 alpha = alpha or None  # 0 stands for the rank

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ast
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from musubi_tuner.common.errors import UserError, did_you_mean
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,4 @@ def parse_network_args(network_args: Mapping[str, object]) -> NetworkArgs:
             values[key] = _READERS[key](raw)
         except (ValueError, TypeError) as error:
             raise UserError(f"--network_args {key}={raw}: {error}") from None
-    args = NetworkArgs(**values)
-    if args.conv_dim is not None or args.conv_alpha is not None:
-        logger.warning("--network_args conv_dim, conv_alpha: LTX-2's blocks hold no convolutions; ignored")
-    return args
+    return NetworkArgs(**values)

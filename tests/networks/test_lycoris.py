@@ -256,7 +256,7 @@ def test_keys_of_both_formats(tmp_path: Path):
     assert {t.dtype for k, t in native.items() if k.endswith(".alpha")} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["locon", "loha", "lokr, both", "lokr, full"])
+@pytest.mark.parametrize("name", ["locon", "loha", "lokr, both", "lokr, full", "rslora", "dora", "dokr"])
 def test_the_library_reads_our_file(name, tmp_path: Path):
     """Its own loader makes modules of it that compute the same."""
     from lycoris.kohya import create_network_from_weights as library
@@ -265,6 +265,7 @@ def test_the_library_reads_our_file(name, tmp_path: Path):
     base = run(model)
     network = network_of(model, **ALL[name])
     network.apply_to(model)
+    vary_lengths(network)
     expected = run(model)
     path = network.save_checked(tmp_path / "x.safetensors", network.verdict(), None, {})
     network.detach()

@@ -28,6 +28,7 @@ from musubi_tuner.models.ltx2.load import transformer_config
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
+from musubi_tuner.networks.network_args import parse_network_args
 
 from .compute import Compute
 from .fused_backward import PARTS
@@ -167,15 +168,19 @@ def memory_outlook(
     return MemoryOutlook(request, estimate(request), _limits(config, compute.device), bases, compute.device)
 
 
-def _ranks(config: TrainNetworkConfig, names: list[str]) -> dict[str, int]:
+def _ranks(config: TrainNetworkConfig, names: list[str]) -> tuple[dict[str, int], bool]:
+    """Of the adapted layers, and whether the rows of their weights have lengths (DoRA)."""
     network = config.network
     if network.dim_from_weights:
-        return {name: info.rank for name, info in LoraReader(network.network_weights).infos.items() if name in names}
-    return planned_ranks(names, network.network_dim, network_options(config))
+        infos = {name: info for name, info in LoraReader(network.network_weights).infos.items() if name in names}
+        return {name: info.rank for name, info in infos.items()}, any(info.dora for info in infos.values())
+    options = network_options(config)
+    return planned_ranks(names, network.network_dim, options), parse_network_args(options).use_dora
 
 
 def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerConfig, numbers: Numbers) -> Trained:
-    ranks, params = by_block(_ranks(config, names), model)
+    planned, lengths = _ranks(config, names)
+    ranks, params = by_block(planned, model, lengths=lengths)
     options = parse_key_values(config.optimizer.optimizer_args, "--optimizer_args")
     state = optimizer_state_bytes(
         optimizer_class(config.optimizer.optimizer_type).__name__,
@@ -188,6 +193,7 @@ def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerCon
         state_bytes=state,
         accumulating=config.optimizer.gradient_accumulation_steps > 1,
         averaged=config.network.ema_decay is not None,
+        lengths=lengths,
         corrects=config.calibration.loftq_init,
         gradient_parts=PARTS if config.optimizer.fused_backward_pass else 1,
     )

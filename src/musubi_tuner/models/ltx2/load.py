@@ -129,10 +129,11 @@ def load_transformer(
 
 def check_editable(checkpoint: Checkpoint) -> None:
     """Raise UserError for a checkpoint whose weights cannot be changed while they are loaded."""
-    if stored_transformer(checkpoint).kind == "nf4":
+    kind = stored_transformer(checkpoint).kind
+    if kind in ("nf4", "int8"):
         raise UserError(
-            f"{checkpoint.path}: --base_weights cannot be merged into NF4 weights, where small changes are rounded "
-            "away; use the original file with --nf4_base, which merges first"
+            f"{checkpoint.path}: --base_weights cannot be merged into {kind.upper()} weights, where small changes are "
+            f"rounded away; use the original file with --{kind}_base, which merges first"
         )
 
 

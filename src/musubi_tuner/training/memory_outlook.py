@@ -170,9 +170,7 @@ def memory_outlook(
     return MemoryOutlook(request, estimate(request), _limits(config, compute.device), bases, compute.device)
 
 
-def _ranks(
-    config: TrainNetworkConfig, names: list[str], model: TransformerConfig
-) -> tuple[dict[str, int], bool]:
+def _ranks(config: TrainNetworkConfig, names: list[str], model: TransformerConfig) -> tuple[dict[str, int], bool]:
     """Of every adapted layer, and whether the rows of their weights have lengths (DoRA).
 
     Of a layer whose network is no LoRA, the rank of a LoRA with as many parameters, lengths included.

@@ -94,6 +94,18 @@ def test_another_base_can_be_copied_behind_the_command(cached_demo, tmp_path: Pa
     assert "to NF4" in capsys.readouterr().err
 
 
+def test_weights_stay_dense_for_a_network_that_reads_them(cached_demo, tmp_path: Path, capsys, free):
+    """Proposing a quantised base to LyCORIS's DoRA would be proposing a refusal."""
+    free(1 << 20)
+    flags = ("--network_module", "lycoris.kohya", "--network_args", "algo=lokr")
+    for more, proposed in (((), True), (("dora_wd=True",), False)):
+        with pytest.raises(SystemExit):
+            train(arguments(cached_demo(), tmp_path / "out", *flags, *more))
+        said = capsys.readouterr().err
+        assert "which does not fit either" in said
+        assert ("--nf4_base" in said) == proposed
+
+
 def test_scales_of_inputs_and_lengths_are_in_the_estimate(cached_demo, tmp_path: Path, capsys, monkeypatch):
     """AWQ keeps a number for each column of a weight, DoRA one for each row."""
     found = []

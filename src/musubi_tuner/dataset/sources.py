@@ -133,8 +133,9 @@ def _name_problem(path: Path) -> Problem | None:
         path.name.encode("utf-8")
     except UnicodeEncodeError:
         return Problem(path, "the name of the file is not UTF-8; rename it")
-    if len(path.name.splitlines()) > 1:
-        return Problem(path.with_name(" ".join(path.name.splitlines())), "the name of the file has several lines; rename it")
+    lines = path.name.splitlines()
+    if len(lines) > 1:
+        return Problem(path.with_name(" ".join(lines)), "the name of the file has several lines; rename it")
     return None
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from musubi_tuner.common.av import AV
 from musubi_tuner.models.ltx2.quantize import is_target
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork, create_network
+from musubi_tuner.networks.adapter_network import AdapterNetwork
+from musubi_tuner.networks.lora_ltx2 import create_network
 from musubi_tuner.quantization.linear import pack_linear
 from musubi_tuner.quantization.packed import Method
 
@@ -25,7 +26,7 @@ class Subject:
     """A model under test."""
 
     model: LTX2Transformer
-    network: LoRANetwork
+    network: AdapterNetwork
     inputs: AV
 
     @property
@@ -51,14 +52,15 @@ def subject(
     version: str = "2.3",
     prepare: Callable[[LTX2Transformer], Any] = lambda model: None,
     tokens: int = 6,
+    create: Callable[..., AdapterNetwork] = create_network,
     **network: Any,
 ) -> Subject:
-    """``prepare`` may change the model before its LoRA is made."""
+    """``prepare`` may change the model before its network is made, by ``create``."""
     config = tiny_config(version, num_layers=layers)
     model = tiny_model(config, mode)
     prepare(model)
     torch.manual_seed(0)
-    adapter = create_network(1.0, 4, 4, model, lora_target_preset="full", **network)
+    adapter = create(1.0, 4, 4, model, lora_target_preset="full", **network)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_(std=0.2)

@@ -25,7 +25,7 @@ class Technique:
     """A way of saving memory.
 
     Attributes:
-        changes: it makes other weights: another base or optimizer. The rest computes the same.
+        changes: it makes other weights: another base, network or optimizer. The rest computes the same.
         rounds: it sums in another order, so that results agree to rounding.
     """
 
@@ -40,6 +40,8 @@ TECHNIQUES = (
     Technique("FP8", "--fp8_base --fp8_scaled", changes=True),
     Technique("int8", "--int8_base", changes=True),
     Technique("NF4", "--nf4_base", changes=True),
+    Technique("LyCORIS LoKr", "--network_module lycoris.kohya --network_args algo=lokr", changes=True),
+    Technique("LyCORIS LoHa", "--network_module lycoris.kohya --network_args algo=loha", changes=True),
     Technique("swap", "--blocks_to_swap 2"),
     Technique("swap, pinned", "--blocks_to_swap 2 --use_pinned_memory_for_block_swap"),
     Technique("checkpointing", "--gradient_checkpointing"),
@@ -128,9 +130,9 @@ def _letter(index: int) -> str:
 _HEAD = """# Ways of saving memory, two by two
 
 Every pair of them, as the rules answer and a test shows. `=`: works, and loss, gradients and weights after two steps
-are bit for bit those of the plain model with the same base and optimizer; halves of a batch and equal processes count
-as the whole. `≈`: works, and loss and gradients agree to rounding, since sums are taken in another order. `/`: two
-values of one flag. A letter: refused, with the message below. This page is made from the rules;
+are bit for bit those of the plain model with the same base, network and optimizer; halves of a batch and equal
+processes count as the whole. `≈`: works, and loss and gradients agree to rounding, since sums are taken in another
+order. `/`: two values of one flag. A letter: refused, with the message below. This page is made from the rules;
 `tests/memory/test_memory_pairs.py` fails where it is not current, and trains every pair that is not refused on a tiny
 model.
 """

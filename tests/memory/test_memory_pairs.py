@@ -19,6 +19,7 @@ from musubi_tuner.assembly.quantization import quantization_settings
 from musubi_tuner.assembly.transformer import attach_to_blocks
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.memory.activation_offload import ActivationOffload
+from musubi_tuner.networks.resolve import resolve_network_module
 from musubi_tuner.training import distributed
 from musubi_tuner.training.fused_backward import FusedBackward
 from musubi_tuner.training.optimizers import create_optimizer
@@ -44,7 +45,9 @@ def train(techniques: Pair, *, steps: int = 2) -> Trained:
     config = parsed(techniques).config
     quantization = quantization_settings(config.quantization, CPU)
     prepare = quantised_to(quantization.method) if quantization else lambda model: None
-    made = subject(3, tokens=11, prepare=prepare)
+    create = resolve_network_module(config.network.network_module).create_network
+    options = dict(option.split("=") for option in config.network.network_args)
+    made = subject(3, tokens=11, prepare=prepare, create=create, **options)
     attach_to_blocks(made.model, config.memory.settings, config.compilation.settings, device=CPU)
     parameters, gradients = list(made.network.parameters()), {}
     for parameter in parameters:
@@ -142,8 +145,13 @@ def test_a_pair_with_compiled_blocks_trains_as_the_plain_model(pair: Pair):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("pair", [p for p in cases(compiled=False) if all(t.changes for t in p.values[0])])
-def test_optimizers_get_the_gradients_of_the_quantised_base(pair: Pair):
+def with_another_optimizer() -> list:
+    pairs = [p for p in cases(compiled=False) if all(t.changes for t in p.values[0])]
+    return [p for p in pairs if "--optimizer_type" in p.values[0][1].flags]
+
+
+@pytest.mark.parametrize("pair", with_another_optimizer())
+def test_optimizers_get_the_gradients_of_the_base_or_network(pair: Pair):
     """Both change what is trained: the optimizer alone, given the gradients of the base alone, makes the same step."""
     base, optimizer = pair
     found, expected = reference(pair), reference((base,))

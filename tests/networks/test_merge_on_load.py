@@ -17,7 +17,7 @@ from musubi_tuner.models.ltx2.load import load_transformer, transformer_shapes
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.quantize_file import quantize_file
 from musubi_tuner.networks.merge_on_load import open_base_weights, weight_edits
-from musubi_tuner.quantization.packed import dequantize
+from musubi_tuner.quantization.packed import Int8, Nf4, dequantize
 
 PREFIX = "model.diffusion_model."
 WIDTHS = {"audio_attention_head_dim": 16, "audio_cross_attention_dim": 32}
@@ -117,12 +117,14 @@ def test_fp8_files_are_scaled_anew(checkpoint, files, tmp_path):
     assert (wanted - before).abs().max() > 5 * (found - wanted).abs().max()
 
 
-def test_nf4_files_are_refused(checkpoint, files, tmp_path):
-    path = tmp_path / "nf4.safetensors"
-    quantize_file(checkpoint.path, path, block_size=32, device="cpu")
+@pytest.mark.parametrize("method", [Nf4(), Int8()], ids=["nf4", "int8"])
+def test_quantised_copies_are_refused(checkpoint, files, tmp_path, method):
+    kind = type(method).__name__.lower()
+    path = tmp_path / f"{kind}.safetensors"
+    quantize_file(checkpoint.path, path, method=method, device="cpu")
     file = Checkpoint.open(path)
-    with pytest.raises(UserError, match=r"nf4\.safetensors: --base_weights cannot be merged into NF4"):
-        load(file, edits_of(file, files), Quantization("nf4"))
+    with pytest.raises(UserError, match=rf"{kind}\.safetensors: --base_weights cannot be merged into {kind.upper()}"):
+        load(file, edits_of(file, files), Quantization(kind))
 
 
 def test_a_lora_of_another_model_is_refused(checkpoint, files):

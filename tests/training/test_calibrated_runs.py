@@ -13,6 +13,7 @@ from test_training_runs import arguments, refused
 from musubi_tuner.ltx2_quantize_model import main as quantize
 from musubi_tuner.ltx2_train_network import main as train
 from musubi_tuner.networks.formats import load_lora
+from musubi_tuner.training import calibration, run_parts
 
 LOFTQ = ("--nf4_base", "--loftq_init")
 AWQ = ("--nf4_base", "--awq_calibration", "--awq_num_batches", "2")
@@ -131,6 +132,31 @@ def test_calibration_changes_the_base(cached_demo, tmp_path: Path, logged, mode)
         losses[alpha] = logged.pop(1)["loss/current"]
     assert losses["0"] == losses[None], "no strength, no change"
     assert 0 < abs(losses["0.5"] - losses[None]) < 0.05 * losses[None]
+
+
+def test_the_inputs_are_those_of_the_base_with_what_is_merged_into_it(cached_demo, tmp_path: Path, monkeypatch):
+    """In plain NF4 the base that is measured is the one that a run without AWQ has."""
+    train(arguments(cached_demo(), tmp_path / "first", steps=1))
+    merged = ("--base_weights", str(tmp_path / "first/x.safetensors"), "--base_weights_multiplier", "20")
+    bases, measure, load = [], calibration.measure, run_parts.load_model
+
+    def measured(transformer, *given):
+        bases.append({k: t.clone() for k, t in transformer.state_dict().items()})
+        return measure(transformer, *given)
+
+    def loaded(*given):
+        transformer, network = load(*given)
+        bases.append(transformer.state_dict())
+        return transformer, network
+
+    monkeypatch.setattr(calibration, "measure", measured)
+    train(arguments(cached_demo(), tmp_path / "awq", *AWQ, *merged, steps=1))
+    monkeypatch.setattr(run_parts, "load_model", loaded)
+    train(arguments(cached_demo(), tmp_path / "plain", "--nf4_base", *merged, steps=1))
+    train(arguments(cached_demo(), tmp_path / "bare", "--nf4_base", steps=1))
+    found, expected, bare = bases
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert not all(torch.equal(bare[key], tensor) for key, tensor in expected.items())
 
 
 def test_swapped_blocks_are_calibrated_alike(cached_demo, tmp_path: Path, logged):

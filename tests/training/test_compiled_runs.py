@@ -80,7 +80,6 @@ def test_more_kinds_of_batches_than_pytorch_allows_for_are_compiled():
         (["--sdpa", "--xformers"], "--sdpa, --xformers exclude each other; give one"),
         (["--sage_attn"], "--sage_attn has no backward pass"),
         (["--cuda_memory_fraction", "1.5"], "--cuda_memory_fraction 1.5: expected more than 0, at most 1"),
-        (["--network_module", "lycoris.kohya"], "--network_module lycoris.kohya (use networks.lora_ltx2)"),
         (["--audio_ref_identity_guidance_scale", "-1"], "--audio_ref_identity_guidance_scale: expected 0 or more"),
     ],
 )

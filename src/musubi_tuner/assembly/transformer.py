@@ -27,8 +27,7 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import Edits, build_transformer, load_transformer, transformer_config
 from musubi_tuner.models.ltx2.quantize import Quantization, quantize_plainly
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.networks.lora import LoRALinear
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+from musubi_tuner.networks.adapter_network import AdapterNetwork
 from musubi_tuner.quantization.fp8_products import Fp8Products
 from musubi_tuner.quantization.linear import use_products
 
@@ -36,7 +35,7 @@ from .quantization import LoftQRequest, LoftQStart
 
 logger = logging.getLogger(__name__)
 
-NetworkFactory = Callable[[LTX2Transformer], LoRANetwork]
+NetworkFactory = Callable[[LTX2Transformer], AdapterNetwork]
 
 _PLAIN = MemorySettings()
 
@@ -81,7 +80,7 @@ def assemble_transformer(
     compilation: CompileSettings | None = None,
     memory: MemorySettings = _PLAIN,
     loftq: LoftQRequest | None = None,
-) -> tuple[LTX2Transformer, LoRANetwork | None]:
+) -> tuple[LTX2Transformer, AdapterNetwork | None]:
     """Load the frozen transformer and attach what training asked for.
 
     ``streams`` is ``video``, ``av`` or ``audio``: which modules are built. ``quantization``: how the
@@ -113,7 +112,9 @@ def assemble_transformer(
         adapter = adapter or network(transformer)
         adapter.to(device)  # first: what it computes of the base weights (DoRA), it computes there
         adapter.apply_to(transformer)
-    attach_to_blocks(transformer, memory, compilation, device=device, draws=_draws_random(adapter))
+    attach_to_blocks(
+        transformer, memory, compilation, device=device, draws=adapter is not None and adapter.draws_random
+    )
     return transformer, adapter
 
 
@@ -170,8 +171,3 @@ def _swap(transformer: LTX2Transformer, memory: MemorySettings, recomputed: rang
         swap.num_slots,
         device,
     )
-
-
-def _draws_random(adapter: LoRANetwork | None) -> bool:
-    modules: list[LoRALinear] = [] if adapter is None else list(adapter.modules_by_name.values())
-    return any(module.dropout or module.rank_dropout or module.module_dropout for module in modules)

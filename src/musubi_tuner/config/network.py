@@ -8,7 +8,9 @@ from typing import Literal
 
 from .flag import flag
 
-TargetPreset = Literal["t2v", "v2v", "audio", "audio_ref_only_ic", "full"]
+TargetPreset = Literal["t2v", "v2v", "audio", "audio_ref_only_ic", "full", "no_gates"]
+
+LYCORIS = "lycoris.kohya"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class NetworkConfig:
     dim_from_weights: bool = flag(False, "modules, ranks and alphas of --network_weights, whatever the flags say")
     base_weights: tuple[Path, ...] = flag((), "LoRA files to merge into the base model first")
     base_weights_multiplier: tuple[float, ...] = flag((), "strength of each of --base_weights; not given: 1")
-    lycoris_config: Path | None = flag(None, "TOML file of a LyCORIS network (not available yet)")
-    init_lokr_norm: float | None = flag(None, "norm at which LoKR starts (not available yet)")
+    lycoris_config: Path | None = flag(None, "TOML file of a LyCORIS network (--network_module lycoris.kohya)")
+    init_lokr_norm: float | None = flag(None, "deviation at which the second factor of LoKr starts; not given: 0")
     training_comment: str | None = flag(None, "free text for the metadata")
     metadata: bool = flag(True, "write the full training metadata into the LoRA file")

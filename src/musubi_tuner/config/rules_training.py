@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from .network import LYCORIS, NetworkConfig
 from .rules_common import dtypes, file_name, folder, missing, samples
 from .rules_memory import awq, blocks, compilation, gpu, loftq, training_quantization
 from .rules_memory import training as training_memory
@@ -37,6 +38,7 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
             "dataset_manifest": data.dataset_manifest,
             **{k: v for k, v in needed.items() if k != "output_dir"},
             "network_weights": config.network.network_weights,
+            "lycoris_config": config.network.lycoris_config,
             "sample_prompts": config.preview.sample_prompts,
             "log_tracker_config": config.tracking.log_tracker_config,
             "gemma_root": config.gemma.gemma_root,
@@ -184,6 +186,7 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     if len(network.base_weights_multiplier) > len(network.base_weights):
         count, files = len(network.base_weights_multiplier), len(network.base_weights)
         yield f"--base_weights_multiplier: {count} values for {files} files of --base_weights; give one each or fewer"
+    yield from lycoris(network)
     yield from blocks(config.memory)
     yield from training_memory(config.memory)
     yield from training_quantization(config.quantization)
@@ -197,6 +200,19 @@ def combinations(config: TrainNetworkConfig) -> Iterable[str]:
     yield from uploads(config.save, config.hub)
     if config.tracking.log_with in ("tensorboard", "all") and config.tracking.logging_dir is None:
         yield f"--log_with {config.tracking.log_with} needs --logging_dir"
+
+
+def lycoris(network: NetworkConfig) -> Iterable[str]:
+    """Flags of LyCORIS networks alone."""
+    if network.network_module != LYCORIS:
+        given = {"lycoris_config": network.lycoris_config, "init_lokr_norm": network.init_lokr_norm}
+        names = " and ".join(f"--{name}" for name, value in given.items() if value is not None)
+        if names:
+            yield f"{names}: only with --network_module {LYCORIS}, got {network.network_module}"
+    elif network.network_weights is not None and network.init_lokr_norm is not None:
+        yield "--init_lokr_norm and --network_weights exclude each other: both say where the network starts"
+    if network.init_lokr_norm is not None and not 0 < network.init_lokr_norm < float("inf"):
+        yield f"--init_lokr_norm: expected more than 0, got {network.init_lokr_norm:g}"
 
 
 _RULES = (

@@ -9,7 +9,6 @@ from typing import Any
 _OFF = "leave it out"
 
 NOT_YET: Mapping[str, str] = {
-    **dict.fromkeys(("lycoris_config", "init_lokr_norm"), "use --network_module networks.lora_ltx2"),
     **dict.fromkeys(("video_role", "audio_role", "video_conditions", "audio_conditions"), _OFF),
     **dict.fromkeys(("blank_preservation", "blank_preservation_args", "dop", "dop_args", "dop_class_prompt"), _OFF),
     **dict.fromkeys(("prior_divergence", "prior_divergence_args", "audio_dop", "audio_dop_args"), _OFF),
@@ -20,10 +19,6 @@ NOT_YET: Mapping[str, str] = {
     **dict.fromkeys(("sample_two_stage", "spatial_upsampler_path", "distilled_lora_path"), _OFF),
     "sample_stage2_steps": _OFF,
 }
-
-
-# The same for single values of a flag that has others.
-_VALUES = {("network_module", "lycoris.kohya"): "use networks.lora_ltx2"}
 
 
 def unavailable(config: Any) -> Iterable[str]:
@@ -37,8 +32,6 @@ def _asked(config: Any) -> Iterator[str]:
     for name, value, default in _values(config):
         if name in NOT_YET and value not in (default, "none"):
             yield f"--{name} ({NOT_YET[name]})"
-        elif isinstance(value, str) and (name, value) in _VALUES:
-            yield f"--{name} {value} ({_VALUES[name, value]})"
 
 
 def _values(config: Any) -> Iterator[tuple[str, Any, Any]]:

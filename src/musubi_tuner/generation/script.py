@@ -21,9 +21,12 @@ from musubi_tuner.memory.compilation import check_backend as check_compiler
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.quantize import check_quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+from musubi_tuner.networks.adapter_network import absent_modules
 from musubi_tuner.networks.formats import LoraReader
-from musubi_tuner.networks.lora_ltx2 import absent_modules, create_network_from_weights
+from musubi_tuner.networks.lora_ltx2 import create_network_from_weights
+from musubi_tuner.networks.lycoris_files import LycorisReader, open_adapter
 from musubi_tuner.networks.merge import broadcast_multipliers
+from musubi_tuner.networks.resolve import lycoris_bridge
 
 from .decode import Decoders
 from .prompt_cache import EncodedPrompt, load_prompt_cache
@@ -34,6 +37,7 @@ from .text_encoding import load_encoder_and_encode
 
 logger = logging.getLogger(__name__)
 
+Adapter = LoraReader | LycorisReader
 _DOWNSCALE_KEYS = ("reference_downscale_factor", "ss_reference_downscale_factor")  # of a LoRA's metadata
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -149,15 +153,17 @@ def read_prompts(config: GenerateVideoConfig) -> list[SamplePrompt]:
     return [prompt]
 
 
-def open_loras(paths: Sequence[Path], checkpoint: Checkpoint) -> list[LoraReader]:
-    """Read the headers of LoRA files, so that a wrong one is found before a model is loaded.
+def open_loras(paths: Sequence[Path], checkpoint: Checkpoint) -> list[Adapter]:
+    """Read the headers of LoRA and LyCORIS files, so that a wrong one is found before a model is loaded.
 
     Raises:
         UserError: a file is no LoRA of LTX-2, or of another version than the checkpoint.
     """
-    loras = [LoraReader(path) for path in paths]
+    loras = [open_adapter(path) for path in paths]
     available = {name.removesuffix(".weight") for name in checkpoint.component_keys("transformer")}
     for lora in loras:
+        if isinstance(lora, LycorisReader):
+            lycoris_bridge(f"--lora_weight {lora.path}")
         absent_modules(lora.infos, available, str(lora.path))
         version = lora.metadata.get("ss_ltx_version", checkpoint.version)
         if version != checkpoint.version:
@@ -187,7 +193,7 @@ def reference_downscale(loras: Sequence[LoraReader]) -> int | None:
 
 
 def apply_loras(
-    transformer: LTX2Transformer, loras: Sequence[LoraReader], multipliers: Sequence[float], device: torch.device
+    transformer: LTX2Transformer, loras: Sequence[Adapter], multipliers: Sequence[float], device: torch.device
 ) -> None:
     """Attach LoRAs to the transformer, one on top of the other."""
     for lora, multiplier in zip(loras, broadcast_multipliers(multipliers, len(loras)), strict=True):
@@ -196,7 +202,10 @@ def apply_loras(
             file = replace(file, modules={n: m for n, m in file.modules.items() if "audio_" in n})
             if not file.modules:
                 raise UserError(f"{lora.path}: adapts nothing of the audio stream, and only sound is generated")
-        network = create_network_from_weights(multiplier, file, transformer)
+        create = create_network_from_weights
+        if isinstance(lora, LycorisReader):
+            create = lycoris_bridge(f"--lora_weight {lora.path}").create_network_from_weights
+        network = create(multiplier, file, transformer)
         network.apply_to(transformer)
         network.to(device).eval().requires_grad_(False)
         logger.info("%s x %g: %s", lora.path.name, multiplier, network.describe())

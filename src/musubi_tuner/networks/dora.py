@@ -36,10 +36,6 @@ class DoRALinear(LoRALinear):
         self._stacked = not self._is_own(base)
         self._norm_base()
 
-    def _is_own(self, base: nn.Module) -> bool:
-        """Whether what was patched is the layer itself, not the network below."""
-        return getattr(self._base_forward, "__func__", None) is type(base).forward
-
     @torch.no_grad()
     def _norm_base(self) -> None:
         """Take the norms of the base weight, once; the lengths start there unless a file gave them."""

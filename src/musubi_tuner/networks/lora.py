@@ -8,27 +8,16 @@ them out of the model's parameters, of block swapping and of quantisation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attached import AttachedLinear, Switch
 from .lora_product import Member, dense_products
 
 
-class Switch:
-    """Shared by all modules of a network: whether their deltas are added at all, and whether with a strength of one.
-
-    Bools cost nothing when off and give a compiled block few variants.
-    """
-
-    def __init__(self) -> None:
-        self.on = True
-        self.as_trained = True
-
-
-class LoRALinear(nn.Module):
+class LoRALinear(AttachedLinear):
     """The low-rank delta of one Linear layer with in_features K and out_features N.
 
     The factors may be float32 while the activations are half precision: the factors (small) are cast, never
@@ -57,10 +46,9 @@ class LoRALinear(nn.Module):
         module_dropout: float = 0.0,
         switch: Switch | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(switch)
         self.rank = rank
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
-        self.switch = switch or Switch()
         self.lora_down = nn.Linear(base.in_features, rank, bias=False, dtype=torch.float32)
         self.lora_up = nn.Linear(rank, base.out_features, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.lora_up.weight)
@@ -72,29 +60,13 @@ class LoRALinear(nn.Module):
         self.register_buffer("start_down", None)
         self.register_buffer("start_up", None)
         self.register_buffer("start_scale", torch.zeros(()), persistent=False)
-        self._base: nn.Module | None = None
-        self._base_forward: Callable[[Tensor], Tensor] | None = None
 
     # --- attaching ---
 
     def attach(self, base: nn.Module) -> None:
         """Take over ``base.forward``."""
-        # Not through setattr: the base must not become a submodule of the network.
-        self.__dict__["_base"] = base
         self._is_dense = type(base) is nn.Linear and "forward" not in vars(base)
-        self._base_forward = base.forward
-        base.forward = self.forward
-
-    def detach(self) -> None:
-        """Give ``base.forward`` back. Of several networks on a model the last attached leaves first."""
-        if self._base is not None:
-            if self._base.forward != self.forward:
-                raise RuntimeError("another network was attached later and has to be detached first")
-            # The class's own forward shows again unless the base had been patched before.
-            self._base.forward = self._base_forward
-            if getattr(self._base_forward, "__func__", None) is type(self._base).forward:
-                del self._base.forward
-            self.__dict__["_base"] = self._base_forward = None
+        super().attach(base)
 
     # --- start ---
 
@@ -141,11 +113,6 @@ class LoRALinear(nn.Module):
         self.scale = torch.tensor(self.multiplier * self.alpha_value / self.rank, device=device)
         self.start_scale = torch.tensor((1 - self.multiplier) * self.alpha_value / self.rank, device=device)
         return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}alpha" in state_dict:
-            self.set_alpha(float(state_dict[f"{prefix}alpha"]))
 
     def set_alpha(self, value: float) -> None:
         self.alpha_value = value

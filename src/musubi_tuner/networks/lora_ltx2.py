@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,40 +14,18 @@ from torch import nn
 
 from musubi_tuner.common.errors import UserError
 
+from .adapter_network import AdapterNetwork, LoadReport, absent_modules, compare_modules
 from .dora import DoRALinear
 from .formats import Format, LoraFile, LoraModule, lengths_over_base, load_lora, save_lora
 from .lora import LoRALinear, Switch
 from .max_norm import limit_norms
 from .module_options import ModuleOptions, check_patterns, dropouts, module_options
-from .names import NATIVE_PREFIX, flat_name, in_transformer
 from .network_args import NetworkArgs, parse_network_args
 from .shared_input import SharedProjections, share_inputs
-from .targets import linear_names, modality_of, select_targets
+from .targets import linear_names, select_targets
 from .verdict import Verdict, check_file, measure
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """Canonical module names of a weights file and a network, compared."""
-
-    matched: tuple[str, ...]
-    missing: tuple[str, ...]  # in the network, not in the file
-    unexpected: tuple[str, ...]  # in the file, not in the network
-
-    def __str__(self) -> str:
-        text = f"{len(self.matched)} modules loaded"
-        for label, names in (("missing in the file", self.missing), ("not in the network", self.unexpected)):
-            if names:
-                text += f", {len(names)} {label} (such as {names[0]})"
-        return text
-
-
-@dataclass(frozen=True)
-class ModalityCount:
-    modules: int = 0
-    params: int = 0
 
 
 class _Trained(Mapping[str, LoraModule]):
@@ -70,71 +47,32 @@ class _Trained(Mapping[str, LoraModule]):
         return len(self._modules)
 
 
-class LoRANetwork(nn.Module):
+class LoRANetwork(AdapterNetwork):
     """Low-rank deltas for Linear layers of a transformer, held outside of it.
-
-    Children are named as in a native file (``lora_unet_<flat>``), so ``state_dict()`` is one. All on CPU in
-    float32 at first; move it with ``to``.
 
     Attributes:
         modules_by_name: dotted path in the transformer -> :class:`LoRALinear`.
-        args: the parsed ``--network_args`` it was made with.
     """
 
+    modules_by_name: dict[str, LoRALinear]
+
     def __init__(self, modules: Mapping[str, LoRALinear], switch: Switch, args: NetworkArgs | None = None) -> None:
-        super().__init__()
-        self.modules_by_name = dict(modules)
-        self.args = args or NetworkArgs()
-        self._switch = switch
-        self._multiplier = 1.0
+        super().__init__(modules, switch, args)
         self._shared: list[SharedProjections] = []
-        for name, module in modules.items():
-            self.add_module(NATIVE_PREFIX + flat_name(name), module)
 
     # --- attaching ---
 
     def apply_to(self, transformer: nn.Module) -> None:
         """Patch the forward of every target Linear of ``transformer`` and freeze the transformer."""
-        transformer.requires_grad_(False)
-        for name, module in self.modules_by_name.items():
-            module.attach(transformer.get_submodule(name))
+        super().apply_to(transformer)
         self._shared = share_inputs(transformer, self.modules_by_name)
 
     def detach(self) -> None:
         """Undo :meth:`apply_to`."""
-        for module in self.modules_by_name.values():
-            module.detach()
+        super().detach()
         for projections in self._shared:
             projections.detach()
         self._shared = []
-
-    # --- strength ---
-
-    @property
-    def multiplier(self) -> float:
-        """Factor on all deltas; 0 skips them, which leaves the base bit for bit."""
-        return self._multiplier
-
-    @multiplier.setter
-    def multiplier(self, value: float) -> None:
-        self._multiplier = value
-        self._switch.on, self._switch.as_trained = value != 0, value == 1
-        for module in self.modules_by_name.values():
-            if (value != 0 or module.start_down is not None) and module.multiplier != value:
-                module.set_multiplier(value)
-
-    @contextmanager
-    def gain(self, value: float) -> Iterator[LoRANetwork]:
-        """Run a block with another multiplier; ``gain(0.0)`` is the base model.
-
-        A backward pass that recomputes activations (gradient checkpointing) has to run inside the block too.
-        """
-        previous = self.multiplier
-        self.multiplier = value
-        try:
-            yield self
-        finally:
-            self.multiplier = previous
 
     def apply_max_norm_regularization(self, max_norm: float, device: torch.device) -> tuple[int, float, float]:
         """Scale deltas of a larger Frobenius norm down to ``max_norm``.
@@ -155,7 +93,9 @@ class LoRANetwork(nn.Module):
             UserError: the file is no LTX-2 LoRA, modules do not correspond, or ranks differ.
         """
         lora = _read(file)
-        report = self._compare(lora)
+        report = compare_modules(self.modules_by_name, lora.modules, lora.source)
+        for name in report.matched:
+            _check_sizes(name, self.modules_by_name[name], lora.modules[name], lora.source)
         with torch.no_grad():
             for name in report.matched:
                 module, given = self.modules_by_name[name], lora.modules[name]
@@ -166,22 +106,6 @@ class LoRANetwork(nn.Module):
                     module.set_lengths(given.dora_scale, over_base=lengths_over_base(lora.format))
         if report.missing or report.unexpected:
             logger.warning("%s: %s", lora.source, report)
-        return report
-
-    def _compare(self, lora: LoraFile) -> LoadReport:
-        own, given, source = self.modules_by_name, lora.modules, lora.source
-        report = LoadReport(
-            matched=tuple(n for n in own if n in given),
-            missing=tuple(n for n in own if n not in given),
-            unexpected=tuple(n for n in given if n not in own),
-        )
-        wrong = [n for n in (*report.missing, *report.unexpected) if "audio_" not in n and in_transformer(n)]
-        if wrong or not report.matched:
-            raise UserError(
-                f"{source}: does not fit the network: {report}; use the target preset and patterns it was trained with"
-            )
-        for name in report.matched:
-            _check_sizes(name, own[name], given[name], source)
         return report
 
     def as_lora_file(self, metadata: Mapping[str, str] | None = None, fmt: Format = "native") -> LoraFile:
@@ -239,24 +163,11 @@ class LoRANetwork(nn.Module):
 
     # --- reporting ---
 
-    def summary(self) -> dict[str, ModalityCount]:
-        """Adapted modules and their parameters per stream: video, audio, cross (cross-modal attention)."""
-        counts = {"video": ModalityCount(), "audio": ModalityCount(), "cross": ModalityCount()}
-        for name, module in self.modules_by_name.items():
-            key, params = modality_of(name), sum(p.numel() for p in module.parameters())
-            counts[key] = ModalityCount(counts[key].modules + 1, counts[key].params + params)
-        return counts
-
     def describe(self) -> str:
         """One line for the log."""
-        parts = [f"{k} {c.modules} ({c.params / 1e6:.2f}M)" for k, c in self.summary().items() if c.modules]
         ranks = sorted({m.rank for m in self.modules_by_name.values()})
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-        params = sum(p.numel() for p in self.parameters())
-        return (
-            f"LoRA of rank {rank}: {len(self.modules_by_name)} modules, {params / 1e6:.2f}M parameters: "
-            + ", ".join(parts)
-        )
+        return f"LoRA of rank {rank}: {self.describe_counts()}"
 
 
 def create_network(
@@ -392,23 +303,6 @@ def _without_choices(network_args: Mapping[str, object]) -> NetworkArgs:
             "(--dim_from_weights); leave it out"
         )
     return args
-
-
-def absent_modules(names: Collection[str], available: Container[str], source: str) -> list[str]:
-    """Those of a LoRA's modules that a transformer lacks, where that is no mistake: audio and connectors.
-
-    Raises:
-        UserError: others are missing, or all.
-    """
-    absent = [n for n in names if n not in available]
-    wrong = [n for n in absent if "audio_" not in n and in_transformer(n)]
-    if wrong or len(absent) == len(names):
-        reason = "it belongs to another model or version" if wrong else "the mode builds no part that it adapts"
-        raise UserError(
-            f"{source}: {len(wrong or absent)} of its {len(names)} modules are not in the transformer, "
-            f"such as {(wrong or absent)[0]}; {reason}"
-        )
-    return absent
 
 
 def _notice_gates(names: list[str], args: NetworkArgs) -> None:

@@ -1,6 +1,6 @@
-"""LoRAs into the weights of a checkpoint, one weight in memory at a time.
+"""LoRAs, LoKrs and LoHas into the weights of a checkpoint, one weight in memory at a time.
 
-``W + sum of multiplier * alpha / r * up @ down`` is computed in float32 and rounded once.
+``W + sum of multiplier * dW``, with ``dW = alpha / r * up @ down`` of a LoRA, is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.common.progress import bytes_progress
+from musubi_tuner.common.progress import bytes_progress, progress
 from musubi_tuner.common.safetensors_io import write_streamed
 from musubi_tuner.models.ltx2.keys import transformer_keys
 from musubi_tuner.models.ltx2.quantize import is_target
@@ -27,8 +27,11 @@ from musubi_tuner.quantization.rows import row_chunks
 
 from .base_weights import BaseWeights
 from .formats import LoraReader, refuse_dora
+from .lycoris_files import LycorisReader
 
 logger = logging.getLogger(__name__)
+
+Adapter = LoraReader | LycorisReader
 
 Output = torch.dtype | Literal["fp8"] | None  # None: as the base stores each weight
 
@@ -76,7 +79,7 @@ class _Sum:
 
 def merge_into_model(
     base_path: str | os.PathLike[str],
-    loras: Sequence[tuple[LoraReader, float]],
+    loras: Sequence[tuple[Adapter, float]],
     target: Path,
     *,
     output: Output = None,
@@ -96,9 +99,9 @@ def merge_into_model(
         UserError: a LoRA has a module without its weight, or a value is not finite. No file is written then.
     """
     base = BaseWeights(base_path)
-    refuse_dora(reader for reader, _ in loras)
+    refuse_dora(reader for reader, _ in loras if isinstance(reader, LoraReader))
     for reader, _ in loras:
-        base.require([(n, (i.out_features, i.in_features)) for n, i in reader.infos.items()], str(reader.path))
+        base.require(_sizes(reader), str(reader.path))
     used = [(reader, m) for reader, m in loras if m != 0]
     parts = {f"{n}.weight": [(r, m) for r, m in used if n in r.infos] for reader, _ in used for n in reader.infos}
     forms = _forms(base, output)
@@ -158,7 +161,7 @@ def _dropped(base: BaseWeights, forms: Mapping[str, _Form]) -> set[str]:
 
 def _tensors(
     base: BaseWeights,
-    parts: Mapping[str, Sequence[tuple[LoraReader, float]]],
+    parts: Mapping[str, Sequence[tuple[Adapter, float]]],
     forms: Mapping[str, _Form],
     device: torch.device | str,
     total: _Sum,
@@ -188,14 +191,36 @@ def _tensors(
 class _Delta:
     """The sum of the deltas of one module, made a few rows at a time."""
 
-    def __init__(self, parts: Sequence[tuple[LoraReader, float]], name: str, device: torch.device | str) -> None:
+    def __init__(self, parts: Sequence[tuple[Adapter, float]], name: str, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        modules = [r.read(name.removesuffix(".weight")).folded(m).to(torch.float32) for r, m in parts]
-        self._up = torch.cat([m.up for m in modules], dim=1).to(device) if modules else None  # [N, R]
-        self._down = torch.cat([m.down for m in modules]).to(device) if modules else None  # [R, K]
+        module = name.removesuffix(".weight")
+        loras = [r.read(module).folded(m).to(torch.float32) for r, m in parts if isinstance(r, LoraReader)]
+        self._up = torch.cat([m.up for m in loras], dim=1).to(device) if loras else None  # [N, R]
+        self._down = torch.cat([m.down for m in loras]).to(device) if loras else None  # [R, K]
+        self._others = [(r.read(module).to(device), m) for r, m in parts if isinstance(r, LycorisReader)]
 
     def rows(self, rows: slice) -> Tensor | None:
-        return None if self._up is None else self._up[rows] @ self._down
+        found = [] if self._up is None else [self._up[rows] @ self._down]
+        found += [module.rows(rows, multiplier) for module, multiplier in self._others]
+        return sum(found[1:], found[0]) if found else None
+
+
+def _sizes(reader: Adapter) -> list[tuple[str, tuple[int, int]]]:
+    """Modules with their (N, K).
+
+    Raises:
+        UserError: a module does more than to add to its weight.
+    """
+    if isinstance(reader, LoraReader):
+        return [(n, (i.out_features, i.in_features)) for n, i in reader.infos.items()]
+    modules = {name: reader.read(name) for name in progress(reader.names, desc="reading", unit="module", leave=False)}
+    special = [n for n, m in modules.items() if m.kind == "ia3" or m.lengths is not None]
+    if special:
+        raise UserError(
+            f"{reader.path}: {len(special)} modules are IA3 or DoRA of LyCORIS, such as {special[0]}, which change a "
+            "weight by more than a sum; they cannot be merged, use the file as it is"
+        )
+    return [(name, module.shape) for name, module in modules.items()]
 
 
 def _merged(
@@ -261,7 +286,7 @@ def _dense(stored: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _metadata(
-    base: BaseWeights, forms: Mapping[str, _Form], loras: Sequence[tuple[LoraReader, float]], output: Output
+    base: BaseWeights, forms: Mapping[str, _Form], loras: Sequence[tuple[Adapter, float]], output: Output
 ) -> dict[str, str]:
     """The base's, with what was merged and which layers are FP8 now."""
     kept = dict(base.file.metadata)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
 
+from .adapter_network import absent_modules
 from .formats import LoraReader, lengths_over_base
-from .lora_ltx2 import absent_modules
 
 logger = logging.getLogger(__name__)
 

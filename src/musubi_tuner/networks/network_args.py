@@ -50,7 +50,8 @@ def _strings(value: object) -> tuple[str, ...]:
     return tuple(items)
 
 
-def _boolean(value: object) -> bool:
+def boolean(value: object) -> bool:
+    """``True``, ``False``, ``1`` or ``0``, or ``ValueError``."""
     text = str(value).lower()
     if text not in ("true", "false", "1", "0"):
         raise ValueError("expected True or False")
@@ -99,12 +100,12 @@ _READERS: dict[str, Callable[[object], Any]] = {
     "audio_alpha": float,
     "rank_pattern": _table(_at_least_one),
     "alpha_pattern": _table(float),
-    "use_rslora": _boolean,
-    "use_dora": _boolean,
+    "use_rslora": boolean,
+    "use_dora": boolean,
     "loraplus_lr_ratio": _positive,
     "conv_dim": int,
     "conv_alpha": float,
-    "verbose": _boolean,
+    "verbose": boolean,
 }
 
 

@@ -7,10 +7,12 @@ import importlib.util
 from types import ModuleType
 
 from musubi_tuner.common.errors import UserError, did_you_mean
+from musubi_tuner.config.network import LYCORIS
 
 BUILT_IN = ("networks.lora_ltx2",)
 _PACKAGE = "musubi_tuner"
-_INSTALL = {"lycoris": 'pip install "lycoris-lora>=3.4"'}
+_BRIDGE = f"{_PACKAGE}.networks.lycoris_bridge"
+_INSTALL = 'pip install "lycoris-lora>=4.1"'
 
 
 def resolve_network_module(name: str) -> ModuleType:
@@ -19,18 +21,31 @@ def resolve_network_module(name: str) -> ModuleType:
     Raises:
         UserError: there is no such module, or it has no ``create_network``.
     """
+    if name == LYCORIS:
+        return lycoris_bridge(f"--network_module {name}")
     for candidate in (f"{_PACKAGE}.{name}", name):
         if _exists(candidate):
             module = importlib.import_module(candidate)
             break
     else:
-        known = (*BUILT_IN, "lycoris.kohya")
-        install = _INSTALL.get(name.partition(".")[0])
-        hint = f"; install it: {install}" if install else did_you_mean(name, known)
-        raise UserError(f"--network_module {name}: no such module{hint}; known: {', '.join(known)}")
+        known = (*BUILT_IN, LYCORIS)
+        raise UserError(
+            f"--network_module {name}: no such module{did_you_mean(name, known)}; known: {', '.join(known)}"
+        )
     if not callable(getattr(module, "create_network", None)):
         raise UserError(f"--network_module {name}: {module.__name__} has no function create_network")
     return module
+
+
+def lycoris_bridge(what: str) -> ModuleType:
+    """The module of LyCORIS networks; the library is imported with it.
+
+    Raises:
+        UserError: the library is missing; ``what`` needs it.
+    """
+    if not _exists("lycoris"):
+        raise UserError(f"{what} needs the LyCORIS library, which is not installed; {_INSTALL}")
+    return importlib.import_module(_BRIDGE)
 
 
 def _exists(name: str) -> bool:

@@ -49,6 +49,7 @@ PRESETS.register("v2v")((*_ALL_ATTENTION, *_feed_forward("ff"), *_feed_forward("
 PRESETS.register("audio")(_AUDIO)
 PRESETS.register("audio_ref_only_ic")((*_AUDIO, *_projections("audio_to_video_attn")))
 PRESETS.register("full")(())
+PRESETS.register("no_gates")((r".*(?<!\.to_gate_logits)$",))
 
 
 def select_targets(

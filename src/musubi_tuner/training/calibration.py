@@ -17,6 +17,7 @@ from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.collate import load_batch
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.load import Edits
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.quantization.awq import InputMagnitudes
@@ -33,6 +34,7 @@ def calibrated(
     plan: BatchPlan,
     task: TaskSettings,
     streams: str,
+    edits: Edits,
 ) -> Quantization | None:
     """``quantization`` with what ``--awq_calibration`` measures, or as it is without the flag.
 
@@ -52,6 +54,7 @@ def calibrated(
         dtype=task.dtype,
         device=task.device,
         quantization=quantization,
+        edits=edits,
         memory=replace(config.memory.settings, checkpointing=False, offload_inputs=False),
     )
     found = measure(transformer, plan, task, settings.awq_num_batches)

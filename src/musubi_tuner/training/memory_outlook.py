@@ -17,9 +17,10 @@ from musubi_tuner.common.devices import free_host_memory, is_out_of_memory, peak
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.tables import format_bytes, format_table
+from musubi_tuner.config.network import LYCORIS
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
-from musubi_tuner.memory.activations import BatchShape, Numbers
+from musubi_tuner.memory.activations import BatchShape, Numbers, layer_sizes
 from musubi_tuner.memory.estimate import Estimate, Request, Trained, Weights, estimate, optimizer_state_bytes
 from musubi_tuner.memory.proposals import Limits, Proposal, propose, smallest
 from musubi_tuner.models.checkpoint import Checkpoint, Component
@@ -28,13 +29,14 @@ from musubi_tuner.models.ltx2.load import transformer_config
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
+from musubi_tuner.networks.resolve import resolve_network_module
 
 from .compute import Compute
 from .fused_backward import PARTS
 from .optimizers import optimizer_class, parse_key_values
 from .outlook import batch_size
 from .previews import wants_previews
-from .setup import network_options, streams_built
+from .setup import made_with, network_options, streams_built
 
 logger = logging.getLogger(__name__)
 
@@ -167,15 +169,22 @@ def memory_outlook(
     return MemoryOutlook(request, estimate(request), _limits(config, compute.device), bases, compute.device)
 
 
-def _ranks(config: TrainNetworkConfig, names: list[str]) -> dict[str, int]:
+def _ranks(config: TrainNetworkConfig, names: list[str], model: TransformerConfig) -> dict[str, int]:
+    """Of every adapted layer; of one that is no LoRA, that of a LoRA with as many parameters."""
     network = config.network
+    if network.network_module == LYCORIS:
+        sizes, bridge = layer_sizes(model), resolve_network_module(LYCORIS)
+        shapes = {path: sizes[path.split(".", 2)[2]] for path in names}
+        if network.dim_from_weights:
+            return bridge.sizes_of_file(network.network_weights, shapes)
+        return bridge.planned_sizes(shapes, network.network_dim, network.network_alpha, made_with(config))
     if network.dim_from_weights:
         return {name: info.rank for name, info in LoraReader(network.network_weights).infos.items() if name in names}
     return planned_ranks(names, network.network_dim, network_options(config))
 
 
 def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerConfig, numbers: Numbers) -> Trained:
-    ranks, params = by_block(_ranks(config, names), model)
+    ranks, params = by_block(_ranks(config, names, model), model)
     options = parse_key_values(config.optimizer.optimizer_args, "--optimizer_args")
     state = optimizer_state_bytes(
         optimizer_class(config.optimizer.optimizer_type).__name__,

@@ -13,7 +13,7 @@ from musubi_tuner.config.network import NetworkConfig
 from musubi_tuner.config.optimizer import OptimizerConfig
 from musubi_tuner.config.rules_optimizer import fused_backward
 from musubi_tuner.config.training import TrainNetworkConfig
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+from musubi_tuner.networks.adapter_network import AdapterNetwork
 from musubi_tuner.networks.param_groups import flag_rates, param_groups
 
 from .fused_backward import FusedBackward, check_steps_in_parts
@@ -24,7 +24,7 @@ from .weights import MaxNorm, WeightAction, WeightAverage
 logger = logging.getLogger(__name__)
 
 
-def make_optimizer(config: TrainNetworkConfig, network: LoRANetwork) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainNetworkConfig, network: AdapterNetwork) -> torch.optim.Optimizer:
     settings = config.optimizer
     groups = param_groups(
         network,
@@ -36,13 +36,13 @@ def make_optimizer(config: TrainNetworkConfig, network: LoRANetwork) -> torch.op
     return create_optimizer(settings.optimizer_type, groups, settings.optimizer_args)
 
 
-def parameter_names(network: LoRANetwork, optimizer: torch.optim.Optimizer) -> list[str]:
+def parameter_names(network: AdapterNetwork, optimizer: torch.optim.Optimizer) -> list[str]:
     """Names of the optimizer's parameters, in the order of its groups."""
     names = {id(p): n for n, p in network.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def weight_average(config: TrainNetworkConfig, network: LoRANetwork) -> WeightAverage | None:
+def weight_average(config: TrainNetworkConfig, network: AdapterNetwork) -> WeightAverage | None:
     settings = config.network
     if settings.ema_decay is None:
         return None
@@ -50,7 +50,7 @@ def weight_average(config: TrainNetworkConfig, network: LoRANetwork) -> WeightAv
 
 
 def weight_actions(
-    config: TrainNetworkConfig, network: LoRANetwork, average: WeightAverage | None
+    config: TrainNetworkConfig, network: AdapterNetwork, average: WeightAverage | None
 ) -> list[WeightAction]:
     """What happens to the weights after each step: the limit first, so that the average is of limited weights."""
     limit = config.network.scale_weight_norms

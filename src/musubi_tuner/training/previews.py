@@ -32,7 +32,7 @@ from musubi_tuner.generation.text_encoding import load_encoder_and_encode
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.attention import plain_attention
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+from musubi_tuner.networks.adapter_network import AdapterNetwork
 
 from .optimizers import evaluation_weights
 from .references import reference_modalities
@@ -51,7 +51,7 @@ class Previewer:
     jobs: Sequence[Job]
     decoders: Decoders
     transformer: LTX2Transformer
-    network: LoRANetwork
+    network: AdapterNetwork
     optimizer: torch.optim.Optimizer
     device: torch.device
     dtype: torch.dtype

@@ -12,7 +12,7 @@ import torch
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.hub import hub_folder
 from musubi_tuner.config.training import TrainNetworkConfig
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+from musubi_tuner.networks.adapter_network import AdapterNetwork
 
 from .hub import download_state
 from .optimizers import optimizer_class
@@ -34,7 +34,7 @@ class Resumed:
 
     def restore(
         self,
-        network: LoRANetwork,
+        network: AdapterNetwork,
         optimizer: torch.optim.Optimizer,
         names: list[str],
         settings: dict[str, Any],
@@ -56,7 +56,7 @@ class Resumed:
         self._restore_average(network, average)
         logger.info("resumed from %s at step %d", self.folder, self.progress.global_step)
 
-    def _restore_average(self, network: LoRANetwork, average: WeightAverage | None) -> None:
+    def _restore_average(self, network: AdapterNetwork, average: WeightAverage | None) -> None:
         saved = load_average(self.folder)
         if average is not None:
             if saved is None:

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from musubi_tuner.assembly.quantization import LoftQRequest, loftq_request, quantization_settings
 from musubi_tuner.assembly.transformer import check_memory
 from musubi_tuner.common.errors import ConfigErrors
+from musubi_tuner.config.network import LYCORIS
 from musubi_tuner.config.notices import without_effect
 from musubi_tuner.config.references import resolve_strategy
 from musubi_tuner.config.rules_training import mode_fits
@@ -135,6 +136,9 @@ def _with_implied(config: TrainNetworkConfig, explicit: frozenset[str]) -> Train
         elif references.ic_lora_strategy == "audio_ref_only_ic":
             logger.info("--ic_lora_strategy audio_ref_only_ic: using the --lora_target_preset of that name")
             network = replace(network, lora_target_preset="audio_ref_only_ic")
+        elif network.network_module == LYCORIS:
+            logger.info("LyCORIS without --lora_target_preset: using no_gates, all linear layers but the gates")
+            network = replace(network, lora_target_preset="no_gates")
     if wants_previews(config) and not (config.gemma.gemma_root or config.gemma.gemma_safetensors):
         if not config.preview.use_precached_sample_prompts:
             logger.info(

@@ -13,7 +13,7 @@ from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.generation.decode import Decoders
 from musubi_tuner.generation.run import Job
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+from musubi_tuner.networks.adapter_network import AdapterNetwork
 
 from .calibration import calibrated
 from .compute import make_scaler
@@ -50,7 +50,7 @@ class RunModel:
     """What a run trains and with what."""
 
     transformer: LTX2Transformer
-    network: LoRANetwork
+    network: AdapterNetwork
     optimizer: torch.optim.Optimizer
     names: list[str]  # of the optimizer's parameters
     average: WeightAverage | None
@@ -136,10 +136,10 @@ def make_model(checked: CheckedRun, data: RunData) -> RunModel:
     )
 
 
-def _loaded(checked: CheckedRun, data: RunData, task: TaskSettings) -> tuple[LTX2Transformer, LoRANetwork]:
+def _loaded(checked: CheckedRun, data: RunData, task: TaskSettings) -> tuple[LTX2Transformer, AdapterNetwork]:
     config, checkpoint = checked.config, checked.checkpoint
     with told_with(data.memory):
         quantization = calibrated(
-            config, checkpoint, checked.quantization, data.loader.plan, task, streams_built(config)
+            config, checkpoint, checked.quantization, data.loader.plan, task, streams_built(config), checked.edits
         )
         return load_model(config, checkpoint, checked.compute, task.seed, quantization, checked.edits, checked.loftq)

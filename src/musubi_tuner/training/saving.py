@@ -21,7 +21,7 @@ from musubi_tuner.common.atomic import tidy
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.training import TrainNetworkConfig
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+from musubi_tuner.networks.adapter_network import AdapterNetwork
 from musubi_tuner.networks.verdict import Verdict, first_non_finite
 
 from .checkpoints import (
@@ -56,7 +56,7 @@ class Saver:
 
     config: TrainNetworkConfig
     facts: RunFacts
-    network: LoRANetwork
+    network: AdapterNetwork
     optimizer: torch.optim.Optimizer
     parameter_names: list[str]
     settings: dict[str, Any]

@@ -17,6 +17,7 @@ from musubi_tuner.common.av import AV
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.seeding import derive_seed
 from musubi_tuner.config.model import Mode
+from musubi_tuner.config.network import LYCORIS
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.batch import SampleKey
 from musubi_tuner.dataset.buckets import SPATIAL_STRIDE
@@ -29,8 +30,10 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import Edits, check_editable, transformer_shapes
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+from musubi_tuner.networks.adapter_network import AdapterNetwork
 from musubi_tuner.networks.formats import LoraReader
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork, check_arguments, check_file_arguments
+from musubi_tuner.networks.lora_ltx2 import check_arguments, check_file_arguments
+from musubi_tuner.networks.lycoris_files import LycorisReader
 from musubi_tuner.networks.merge_on_load import open_base_weights, weight_edits
 from musubi_tuner.networks.network_args import parse_network_args
 from musubi_tuner.networks.resolve import BUILT_IN, resolve_network_module
@@ -50,8 +53,12 @@ from .trainer import LoopSettings
 logger = logging.getLogger(__name__)
 
 
-def network_options(config: TrainNetworkConfig) -> dict[str, str]:
-    options = {"lora_target_preset": config.network.lora_target_preset}
+def network_options(config: TrainNetworkConfig) -> dict[str, Any]:
+    """Keywords of the network's making, from ``--network_args`` and the flags that only some networks have."""
+    network = config.network
+    options: dict[str, Any] = {"lora_target_preset": network.lora_target_preset}
+    if network.network_module == LYCORIS:
+        options |= {"lycoris_config": network.lycoris_config, "init_lokr_norm": network.init_lokr_norm}
     for text in config.network.network_args:
         key, equals, value = text.partition("=")
         if not equals:
@@ -60,9 +67,15 @@ def network_options(config: TrainNetworkConfig) -> dict[str, str]:
     return options
 
 
+def made_with(config: TrainNetworkConfig) -> dict[str, Any]:
+    """Keywords with which a network is made."""
+    return {"dropout": config.network.network_dropout, **network_options(config)}
+
+
 def file_options(config: TrainNetworkConfig) -> dict[str, Any]:
     """Options of a network whose modules are those of a file."""
-    options = {k: v for k, v in network_options(config).items() if k != "lora_target_preset"}
+    chosen = ("lora_target_preset", "lycoris_config", "init_lokr_norm")
+    options = {k: v for k, v in network_options(config).items() if k not in chosen}
     return {"dropout": config.network.network_dropout, **options}
 
 
@@ -77,17 +90,16 @@ def check_model(config: TrainNetworkConfig, checkpoint: Checkpoint) -> Edits:
     if settings.dim_from_weights:
         if settings.network_dim is not None:
             logger.warning("--network_dim has no effect: --dim_from_weights takes the ranks of --network_weights")
-    elif settings.network_module in BUILT_IN:
+    else:
         linears = [
             n.removesuffix(".weight") for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 2
         ]
-        check_arguments(
-            linears,
-            settings.network_dim,
-            settings.network_alpha,
-            dropout=settings.network_dropout,
-            **network_options(config),
-        )
+        sizes, options = (settings.network_dim, settings.network_alpha), made_with(config)
+        if settings.network_module in BUILT_IN:
+            check_arguments(linears, *sizes, **options)
+        elif settings.network_module == LYCORIS:
+            quantised = config.quantization.nf4_base or config.quantization.fp8_base or config.quantization.int8_base
+            resolve_network_module(LYCORIS).check_arguments(linears, *sizes, quantised=quantised, **options)
     if settings.base_weights:
         check_editable(checkpoint)
     return weight_edits(open_base_weights(settings.base_weights, settings.base_weights_multiplier), shapes)
@@ -107,22 +119,16 @@ def load_model(
     quantization: Quantization | None,
     edits: Edits,
     loftq: LoftQRequest | None = None,
-) -> tuple[LTX2Transformer, LoRANetwork]:
+) -> tuple[LTX2Transformer, AdapterNetwork]:
     settings = config.network
     module = resolve_network_module(settings.network_module)
 
-    def make(transformer: LTX2Transformer) -> LoRANetwork:
+    def make(transformer: LTX2Transformer) -> AdapterNetwork:
         if settings.dim_from_weights:
             options = file_options(config)
             return module.create_network_from_weights(1.0, settings.network_weights, transformer, **options)
-        return module.create_network(
-            1.0,
-            settings.network_dim,
-            settings.network_alpha,
-            transformer,
-            dropout=settings.network_dropout,
-            **network_options(config),
-        )
+        sizes = settings.network_dim, settings.network_alpha
+        return module.create_network(1.0, *sizes, transformer, **made_with(config))
 
     streams = streams_built(config)
     if streams != config.checkpoint.ltx2_mode:
@@ -263,6 +269,13 @@ def check_choices(config: TrainNetworkConfig) -> None:
             )
         if config.network.dim_from_weights:
             check_file_arguments(file_options(config))
+    elif config.network.network_module == LYCORIS:
+        bridge = resolve_network_module(LYCORIS)
+        if config.network.dim_from_weights:
+            bridge.check_file_arguments(file_options(config))
+        else:
+            bridge.check_formats(made_with(config), comfy=config.save.convert_to_comfy)
     if config.network.network_weights is not None:
-        LoraReader(config.network.network_weights)  # says what is wrong with the file
+        # Says what is wrong with the file.
+        (LycorisReader if config.network.network_module == LYCORIS else LoraReader)(config.network.network_weights)
     open_base_weights(config.network.base_weights, config.network.base_weights_multiplier)

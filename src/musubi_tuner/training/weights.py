@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork
+from musubi_tuner.networks.adapter_network import AdapterNetwork
 
 # Called after each optimizer step with the number of steps so far; returns numbers to log by their full names.
 WeightAction = Callable[[int], Mapping[str, float]]
@@ -18,7 +18,7 @@ WeightAction = Callable[[int], Mapping[str, float]]
 class MaxNorm:
     """Keeps the norm of every delta at or below a limit (``--scale_weight_norms``)."""
 
-    def __init__(self, network: LoRANetwork, limit: float) -> None:
+    def __init__(self, network: AdapterNetwork, limit: float) -> None:
         self._network, self._limit = network, limit
 
     def __call__(self, step: int) -> dict[str, float]:

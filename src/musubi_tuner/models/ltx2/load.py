@@ -85,7 +85,7 @@ def load_transformer(
 
     Raises:
         UserError: before anything is read, when the tensors are not exactly those of the configuration, or are
-            quantised in another way than asked for, or are to be edited and NF4 already.
+            quantised in another way than asked for, or are to be edited and NF4 or int8 already.
     """
     stored = check_quantization(checkpoint, quantization)
     keys = transformer_keys(checkpoint.tensors)
@@ -129,10 +129,11 @@ def load_transformer(
 
 def check_editable(checkpoint: Checkpoint) -> None:
     """Raise UserError for a checkpoint whose weights cannot be changed while they are loaded."""
-    if stored_transformer(checkpoint).kind == "nf4":
+    kind = stored_transformer(checkpoint).kind
+    if kind in ("int8", "nf4"):
         raise UserError(
-            f"{checkpoint.path}: --base_weights cannot be merged into NF4 weights, where small changes are rounded "
-            "away; use the original file with --nf4_base, which merges first"
+            f"{checkpoint.path}: --base_weights cannot be merged into {kind.upper()} weights, where small changes are "
+            f"rounded away; use the original file with --{kind}_base, which merges first"
         )
 
 

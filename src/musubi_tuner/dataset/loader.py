@@ -101,8 +101,8 @@ def lost_workers_told() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise UserError(
-            f"a process that reads batches ahead is gone ({str(error).strip().rstrip('.')}). If it was killed, the system "
-            f"was most likely out of memory; after a bus error, shared memory is too small. {FEWER_WORKERS}"
+            f"a process that reads batches ahead is gone ({str(error).strip().rstrip('.')}). If it was killed, the "
+            f"system was most likely out of memory; after a bus error, shared memory is too small. {FEWER_WORKERS}"
         ) from None
 
 

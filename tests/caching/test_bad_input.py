@@ -24,6 +24,7 @@ from musubi_tuner.dataset.clip_sound import AudioSource
 from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
+from musubi_tuner.dataset.sources import stray_captions
 from musubi_tuner.ltx2_cache_latents import main as latents_script
 from musubi_tuner.ltx2_cache_text_encoder_outputs import main as text_script
 
@@ -188,6 +189,23 @@ def test_a_file_without_the_right_to_read_it(tmp_path: Path) -> None:
     (failure,) = summary.failures
     assert "locked.mp4" in failure
     assert "Permission denied" in failure
+
+
+def test_a_link_that_leads_nowhere_is_named_and_the_rest_is_cached(tmp_path: Path, caplog) -> None:
+    folder = tmp_path / "media"
+    _good(folder, "video")
+    try:
+        _caption(folder / "gone.mp4").symlink_to(tmp_path / "elsewhere.mp4")
+    except OSError:
+        pytest.skip("no right to make links")
+    entry = _entry(folder)
+    summary = _cache(entry)
+    assert summary.finish(allow_failed=False) == 1
+    (failure,) = summary.failures
+    assert "gone.mp4" in failure
+    assert "No such file" in failure
+    assert {name.split("_")[0] for name in _names(entry)} == {"good"}
+    assert stray_captions(entry) == []
 
 
 def test_a_video_of_another_container_than_its_name_says_is_read(tmp_path: Path) -> None:

@@ -126,6 +126,18 @@ def test_without_its_sources_a_dataset_is_all_that_is_cached(source: Path, missi
     assert [item.base for item in training_set.items()] == ["a_00000-009", "b_00009-009"]
 
 
+def test_a_dataset_of_caches_alone_need_not_repeat_what_they_were_made_with(source: Path) -> None:
+    entry = _entry(source, frame_extraction="chunk")
+    _write(entry, "a")
+    _write(entry, "b", start=17, count=17)
+    alone = DatasetEntry("datasets[0]", "video", None, entry.cache_directory, cache_only=True)
+    training_set = _discover(alone)
+    _check(training_set)
+    assert [item.base for item in training_set.items()] == ["a_00000-009", "b_00017-017"]
+    for said in ({"target_frames": (9,)}, {"resolution": (32, 32)}):
+        assert _discover(replace(alone, **said)).problems, "what is said must agree"
+
+
 def test_images_and_stems_that_look_like_clips(tmp_path: Path) -> None:
     source = tmp_path / "images"
     source.mkdir()

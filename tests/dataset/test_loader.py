@@ -1,6 +1,8 @@
 import gc
 import multiprocessing
 import pickle
+import sys
+import time
 from itertools import zip_longest
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import torch
 from cache_files import one_dataset, write_item
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.dataset import parcel
 from musubi_tuner.dataset.items import CachedDataset, CachedItem, TrainingSet
-from musubi_tuner.dataset.loader import BatchLoader
+from musubi_tuner.dataset.loader import BatchLoader, lost_workers_told
 from musubi_tuner.dataset.sampling import BatchPlan
 
 
@@ -176,3 +179,34 @@ def test_a_vanished_cache_is_one_clear_message(tmp_path: Path, workers: int) -> 
         list(BatchLoader(BatchPlan(one_dataset([item]), seed=0), workers=workers).epoch(1))
     assert "gone_ltx2_te.safetensors does not exist" in str(error.value)
     assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the news comes with a signal")
+def test_a_worker_that_is_killed_is_one_clear_message(cached: TrainingSet) -> None:
+    batches = BatchLoader(BatchPlan(cached, seed=0), workers=1).epoch(0)
+    next(batches)
+    with pytest.raises(UserError, match="a process that reads batches ahead is gone .*--max_data_loader_n_workers"):
+        _kill_workers_in_a_step()
+
+
+@lost_workers_told()
+def _kill_workers_in_a_step() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+    time.sleep(5)  # the news interrupts whatever the loop is doing
+
+
+def test_other_errors_are_not_blamed_on_workers() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), lost_workers_told():
+        raise RuntimeError("shapes do not fit")
+
+
+def test_too_little_shared_memory_is_one_clear_message(cached: TrainingSet, monkeypatch) -> None:
+    def full(size: int) -> None:
+        raise RuntimeError("unable to allocate shared memory: No space left on device (28)")
+
+    monkeypatch.setattr(parcel, "_SMALL", 0)
+    monkeypatch.setattr(parcel, "get_worker_info", lambda: object())
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    with pytest.raises(UserError, match=r"no shared memory for a batch of .*No space left.*--shm-size"):
+        parcel.pack(next(BatchLoader(BatchPlan(cached, seed=0)).epoch(0)))

@@ -229,7 +229,7 @@ class Loader(BatchLoader):
 @pytest.fixture(autouse=True, scope="module")
 def loads_nothing():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("musubi_tuner.dataset.loader.load_batch", lambda training_set, spec: spec)
+        patch.setattr("musubi_tuner.dataset.loader.load_batch", lambda training_set, spec, pool: spec)
         yield
 
 

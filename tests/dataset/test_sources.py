@@ -65,3 +65,15 @@ def test_a_name_that_is_not_utf8_is_left_out_before_any_work(tmp_path) -> None:
     listing = list_items(_entry(tmp_path))
     assert [item.stem for item in listing.items] == ["good"]
     assert [problem.reason for problem in listing.problems] == ["the name of the file is not UTF-8; rename it"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other systems have no such names")
+def test_a_name_of_two_lines_is_left_out_so_that_each_file_is_one_line_of_the_log(tmp_path) -> None:
+    for name in ("good", "two\nlines"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"")
+        (tmp_path / f"{name}.txt").write_text("caption", encoding="utf-8")
+    listing = list_items(_entry(tmp_path))
+    assert [item.stem for item in listing.items] == ["good"]
+    assert summarize_problems(listing.problems) == (
+        "1 left out: two lines.mp4: the name of the file has several lines; rename it"
+    )

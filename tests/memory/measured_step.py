@@ -45,6 +45,7 @@ class Case:
     video_tokens: int = 512
     audio_tokens: int = 96
     rank: int = 8
+    dora: bool = False
     fused: bool = False  # the optimizer steps within the backward pass
 
     @property
@@ -67,11 +68,17 @@ def request_of(case: Case, model: LTX2Transformer) -> Request:
     """From names and shapes alone."""
     infos = {name: TensorInfo(p.dtype, tuple(p.shape), 0, p.nbytes) for name, p in model.named_parameters()}
     ranks = planned_ranks(linear_layers(infos, case.mode), case.rank, {"lora_target_preset": case.preset})
-    by_position, params = by_block(ranks, case.config)
+    by_position, params = by_block(ranks, case.config, lengths=case.dora)
     return Request(
         config=case.config,
         weights=weights_of(infos, Stored("dense"), case.mode, case.dtype, case.quantization),
-        trained=Trained(by_position, params, optimizer_state_bytes("AdamW"), gradient_parts=PARTS if case.fused else 1),
+        trained=Trained(
+            by_position,
+            params,
+            optimizer_state_bytes("AdamW"),
+            lengths=case.dora,
+            gradient_parts=PARTS if case.fused else 1,
+        ),
         batch=BatchShape(
             case.batch,
             0 if case.mode == "audio" else case.batch * case.video_tokens,
@@ -92,7 +99,8 @@ def measure(case: Case) -> tuple[int, Estimate]:
     expected = estimate(request_of(case, model))
     if case.base is not None:
         quantise(model, case.quantization)
-    network = create_network(1.0, case.rank, case.rank, model, lora_target_preset=case.preset)
+    arguments = {"lora_target_preset": case.preset, "use_dora": case.dora}
+    network = create_network(1.0, case.rank, case.rank, model, **arguments)
     network.apply_to(model)
     attach_to_blocks(model, case.settings, None, device=torch.device("cpu"))
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
@@ -144,6 +152,9 @@ CASES = {
     "plain, fp32": Case(dtype=torch.float32),
     "plain, 2.0": Case(version="2.0"),
     "video": Case(mode="video"),
+    "dora": Case(dora=True),
+    "dora, every layer adapted, nf4": Case(dora=True, preset="full", base="nf4"),
+    "checkpointing, dora, every layer adapted": Case(CHECKPOINTING, dora=True, preset="full"),
     "fused backward": Case(CHECKPOINTING, rank=64, preset="full", video_tokens=96, fused=True),
     "the same, not fused": Case(CHECKPOINTING, rank=64, preset="full", video_tokens=96),
     "audio": Case(mode="audio", audio_tokens=512),

@@ -38,9 +38,10 @@ def test_a_step_takes_what_was_estimated(case: Case):
     assert measured <= expected.device + expected.uncertainty
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("preset", ["t2v", "full", "audio"])
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
-def test_what_autograd_keeps_of_a_block(version: str, preset: str):
+def test_what_autograd_keeps_of_a_block(version: str, preset: str, dora: bool):
     """The difference between three blocks and two, so that what is in front of and behind them does not count."""
     size = {"video_tokens": 320, "audio_tokens": 64}
     kept = []
@@ -52,13 +53,13 @@ def test_what_autograd_keeps_of_a_block(version: str, preset: str):
             **{"audio_num_attention_heads": 4, "audio_attention_head_dim": 16, "audio_cross_attention_dim": 64},
         )
         model = tiny_model(config)
-        network = create_network(1.0, 4, 4, model, lora_target_preset=preset)
+        network = create_network(1.0, 4, 4, model, lora_target_preset=preset, use_dora=dora)
         network.apply_to(model)
         kept.append(bytes_kept(model, network, tiny_inputs(config, batch=1, **size)))
     names = linear_layers((name for name, _ in model.named_parameters()), "av")
     ranks, _ = by_block(planned_ranks(names, 4, {"lora_target_preset": preset}), config)
     shape = BatchShape(1, size["video_tokens"], size["audio_tokens"], 7)
-    block = block_activations(config, ranks[1], shape, Numbers(4), MemorySettings())
+    block = block_activations(config, ranks[1], shape, Numbers(4), MemorySettings(), lengths=dora)
     assert block.kept == pytest.approx(kept[1] - kept[0], rel=0.03)
 
 
@@ -115,14 +116,16 @@ def test_the_blocks_of_the_released_models(version: str, mode: str, quantization
     assert sum(weights.blocks) / GIB == pytest.approx(gib, abs=0.01)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("preset", ["t2v", "v2v", "audio", "full"])
-def test_trained_values_are_those_of_the_network(preset: str):
+def test_trained_values_are_those_of_the_network(preset: str, dora: bool):
     config = tiny_config("2.3")
     model = build_transformer(config, "av")
     arguments = {"lora_target_preset": preset, "audio_dim": "2", "rank_pattern": "{'attn1': 3}"}
+    arguments["use_dora"] = str(dora)
     network = create_network(1.0, 5, 5, model, **arguments)
     names = linear_layers((name for name, _ in model.named_parameters()), "av")
-    _, params = by_block(planned_ranks(names, 5, arguments), config)
+    _, params = by_block(planned_ranks(names, 5, arguments), config, lengths=dora)
     assert sum(params) == sum(p.numel() for p in network.parameters())
 
 
@@ -219,6 +222,16 @@ def test_what_is_proposed_fits(true_size, free: int):
         assert proposal.estimate.needed <= limits.device
         assert proposal.estimate.host <= limits.host
         assert "--gradient_checkpointing" in str(proposal)
+
+
+def test_proposals_from_blocks_recomputed_in_part_have_the_flag_for_all(true_size):
+    """What is estimated is every block recomputed, which offloading alone does not ask for."""
+    request, bases = true_size
+    some = with_settings(request, checkpointing=True, blocks_to_checkpoint=10)
+    for free in range(8, 40, 2):
+        for proposal in propose(some, bases, Limits(free * GIB, 64 * GIB)):
+            changed = any("--gradient_checkpointing" in flag or "--blocks_to_swap" in flag for flag in proposal.flags)
+            assert not changed or "--blocks_to_checkpoint -1" in proposal.flags
 
 
 def test_the_fastest_comes_first_and_swaps_no_more_than_needed(true_size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -187,6 +188,18 @@ def test_single_file_with_a_sentencepiece_tokenizer(folder, tmp_path, dtype, fp8
     assert gemma.tokenize([long])[1].sum() == 1024
     states, _ = gemma.encode(["A cat"])
     assert states.isfinite().all()
+
+
+def test_counting_the_tokens_of_a_long_caption_warns_of_no_error_of_the_model(folder, caplog):
+    gemma = load_gemma(folder, dtype=torch.float32)
+    gemma._tokenizer.model_max_length = 1024
+    transformers = logging.getLogger("transformers")  # which hands nothing to the root
+    transformers.addHandler(caplog.handler)
+    try:
+        assert gemma.excess_tokens("word " * 10_000) > 0
+    finally:
+        transformers.removeHandler(caplog.handler)
+    assert "indexing errors" not in caplog.text
 
 
 def test_tokens_beyond_the_limit_are_counted(folder):

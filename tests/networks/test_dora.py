@@ -18,7 +18,7 @@ from musubi_tuner.networks.lora import LoRALinear
 from musubi_tuner.networks.lora_ltx2 import create_network, create_network_from_weights
 from musubi_tuner.networks.lycoris_files import LycorisModule
 from musubi_tuner.quantization.linear import pack_linear
-from musubi_tuner.quantization.packed import Fp8, Nf4
+from musubi_tuner.quantization.packed import Fp8, Int8, Nf4
 
 ARGS = {"use_dora": "True", "lora_target_preset": "full"}
 
@@ -147,7 +147,7 @@ def test_networks_on_top_of_one_another_add_their_changes():
     torch.testing.assert_close(base(x), F.linear(x, wanted, base.bias))
 
 
-@pytest.mark.parametrize("method", [Fp8(), Nf4()], ids=["fp8", "nf4"])
+@pytest.mark.parametrize("method", [Fp8(), Fp8(None), Int8(), Nf4()], ids=["fp8", "fp8 rows", "int8", "nf4"])
 def test_on_a_quantised_base_the_norm_is_that_of_the_weight_it_acts_with(method):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32)).requires_grad_(False)

@@ -13,7 +13,7 @@ from torch import nn
 from musubi_tuner.networks.lora import LoRALinear, adapt_together
 from musubi_tuner.networks.lora_product import Member, dense_products
 from musubi_tuner.quantization.linear import pack_linear
-from musubi_tuner.quantization.packed import Fp8, Nf4
+from musubi_tuner.quantization.packed import Fp8, Int8, Nf4
 
 
 def layers(ranks=(2, 3, 1), width=8, dtype=torch.float64, bias=True):
@@ -78,7 +78,7 @@ def test_outputs_and_gradients_are_those_of_the_merged_weights(bias):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("method", [Fp8(), Nf4()], ids=["fp8", "nf4"])
+@pytest.mark.parametrize("method", [Fp8(), Fp8(None), Int8(), Nf4()], ids=["fp8", "fp8 rows", "int8", "nf4"])
 def test_quantised_bases(method):
     bases, modules = layers(width=64, dtype=torch.float32)
     for i, module in enumerate(modules):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from musubi_tuner.quantization.packed import Fp8, Nf4, dequantize
+from musubi_tuner.quantization.packed import Fp8, Int8, Nf4, dequantize, packed_bytes
 
 PUBLISHED = {  # mean absolute error, SNR in dB, 1 - cosine
     "fp8": (Fp8(), 0.0171, 32.0, 1 - 0.999686),
@@ -32,3 +32,16 @@ def test_what_fits():
     assert not Nf4(64).fits((3, 96))
     assert Fp8().fits((3, 96))
     assert not Fp8().fits((96,))
+
+
+@pytest.mark.parametrize("method", [Nf4(), Nf4(64), Fp8(), Fp8(None), Int8()], ids=str)
+@pytest.mark.parametrize("shape", [(48, 128), (16, 192)])
+def test_bytes_are_known_from_the_shape(method, shape):
+    packed = method.quantize(torch.ones(shape))
+    assert packed_bytes(method, shape) == packed.weight.nbytes + packed.scale.nbytes
+
+
+def test_bytes_of_rows_that_are_no_whole_number_of_blocks():
+    for method in (Fp8(), Int8()):
+        packed = method.quantize(torch.ones(16, 80))
+        assert packed_bytes(method, (16, 80)) == packed.weight.nbytes + packed.scale.nbytes == 16 * 80 + 16 * 4

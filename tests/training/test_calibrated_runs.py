@@ -245,3 +245,15 @@ def test_quantising_refuses(cached_demo, tmp_path: Path, capsys, flags):
         quantised(cached_demo().checkpoint, tmp_path, *flags)
     assert QUANTISE_RULES[flags] in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_targets_that_are_not_quantised_are_said_before_weights_are_read(
+    cached_demo, tmp_path: Path, capsys, monkeypatch
+):
+    def never(*_, **__):
+        raise AssertionError("nothing may be loaded")
+
+    monkeypatch.setattr("musubi_tuner.assembly.transformer.load_transformer", never)
+    gates = ("--network_args", "include_patterns=['.*to_gate_logits']")
+    said = refused(arguments(cached_demo(), tmp_path, *LOFTQ, *gates), capsys)
+    assert "none of the adapted layers is quantised; change the LoRA targets" in said

@@ -10,6 +10,7 @@ import torch
 from musubi_tuner.common.devices import _room_in_container, is_out_of_memory
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.ltx2_train_network import main as train
+from musubi_tuner.memory.activations import layer_sizes
 from musubi_tuner.training import memory_outlook, run_parts
 
 
@@ -77,6 +78,50 @@ def test_what_fits_is_a_part_of_the_command_line(cached_demo, tmp_path: Path, ca
     flags = line.partition("   (")[0].split()
     train(arguments(assets, tmp_path / "d", *flags))
     assert "what fits" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base", ["--int8_base", "--fp8_base --fp8_scaled", "--fp8_base --fp8_scaled --fp8_w8a8"])
+def test_another_base_can_be_copied_behind_the_command(cached_demo, tmp_path: Path, capsys, free, base: str):
+    given = arguments(cached_demo(), tmp_path / "out", *base.split())
+    free(1 << 20)
+    with pytest.raises(SystemExit):
+        train(given)
+    said = capsys.readouterr().err
+    flags = said.partition("are free; with ")[2].partition(" it takes about")[0].split()
+    assert "--nf4_base" in flags
+    free(40 << 30)
+    train([*given, *flags, "--dry_run"])
+    assert "to NF4" in capsys.readouterr().err
+
+
+def test_weights_stay_dense_for_a_network_that_reads_them(cached_demo, tmp_path: Path, capsys, free):
+    """Proposing a quantised base to LyCORIS's DoRA would be proposing a refusal."""
+    free(1 << 20)
+    flags = ("--network_module", "lycoris.kohya", "--network_args", "algo=lokr")
+    for more, proposed in (((), True), (("dora_wd=True",), False)):
+        with pytest.raises(SystemExit):
+            train(arguments(cached_demo(), tmp_path / "out", *flags, *more))
+        said = capsys.readouterr().err
+        assert "which does not fit either" in said
+        assert ("--nf4_base" in said) == proposed
+
+
+def test_scales_of_inputs_and_lengths_are_in_the_estimate(cached_demo, tmp_path: Path, capsys, monkeypatch):
+    """AWQ keeps a number for each column of a weight, DoRA one for each row."""
+    found = []
+
+    def noted(*given):
+        found.append(memory_outlook.memory_outlook(*given).request)
+        return memory_outlook.memory_outlook(*given)
+
+    monkeypatch.setattr(run_parts, "memory_outlook", noted)
+    for flags in ((), ("--awq_calibration",), ("--network_args", "use_dora=True")):
+        train(arguments(cached_demo(), tmp_path / "out", "--nf4_base", *flags, "--dry_run"))
+    plain, awq, dora = found
+    sizes = layer_sizes(plain.config)
+    quantised = [size for name, size in sizes.items() if not name.endswith("to_gate_logits")]
+    assert awq.weights.blocks[0] - plain.weights.blocks[0] == 4 * sum(k for _, k in quantised)
+    assert dora.trained.params[0] - plain.trained.params[0] == sum(sizes[name][0] for name in plain.trained.ranks[0])
 
 
 @pytest.mark.parametrize("base", ["--int8_base", "--nf4_base --loftq_init", "--fp8_base --fp8_scaled --fp8_w8a8"])

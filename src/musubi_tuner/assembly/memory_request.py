@@ -63,7 +63,8 @@ def _held(
             scale = stored.scales[name]
             return info.nbytes + _FP32 * (1 if scale is None else torch.Size(infos[scale].shape).numel())
         if stored.kind == "dense" and quantization.method.fits(shape):
-            return packed_bytes(quantization.method, shape)
+            of_inputs = _FP32 * shape[1] if quantization.calibrate else 0
+            return packed_bytes(quantization.method, shape) + of_inputs
     return torch.Size(shape).numel() * dtype.itemsize
 
 
@@ -79,9 +80,16 @@ def possible_bases(
         flags = ("--fp8_base --fp8_scaled",) if request.requantise else ("--fp8_base",)
         found["fp8"] = checkpoint_weights(checkpoint, mode, dtype, request), flags
     if own != "nf4" and stored.kind == "dense":
-        flags = ("--nf4_base",) if own == "dense" else (f"--nf4_base (without --{own}_base)",)
-        found["nf4"] = checkpoint_weights(checkpoint, mode, dtype, Quantization("nf4")), flags
+        found["nf4"] = checkpoint_weights(checkpoint, mode, dtype, Quantization("nf4")), _instead_of(quantization)
     return found
+
+
+def _instead_of(quantization: Quantization | None) -> tuple[str, ...]:
+    """Flags that make a base NF4, and take back those of what it was; later ones on a command line win."""
+    if quantization is None:
+        return ("--nf4_base",)
+    given = {f"{quantization.kind}_base": True, "fp8_scaled": quantization.requantise, "fp8_w8a8": quantization.by_row}
+    return (*(f"--no-{name}" for name, asked in given.items() if asked), "--nf4_base")
 
 
 def layer_names(checkpoint: Checkpoint, mode: Mode) -> list[str]:
@@ -96,13 +104,19 @@ def linear_layers(names: Iterable[str], mode: Mode) -> list[str]:
 
 
 def by_block(
-    ranks: Mapping[str, int], config: TransformerConfig
+    ranks: Mapping[str, int], config: TransformerConfig, *, lengths: bool = False
 ) -> tuple[tuple[Mapping[str, int], ...], tuple[int, ...]]:
-    """Ranks of layers by their paths to ranks by block and name in it, and the number of trained values by block."""
+    """Ranks of layers by their paths to ranks by block and name in it, and the number of trained values by block.
+
+    ``lengths``: each row of a weight has one (DoRA).
+    """
     sizes = layer_sizes(config)
     found: list[dict[str, int]] = [{} for _ in range(config.num_layers)]
     for path, rank in ranks.items():
         position, _, name = path.removeprefix(_BLOCKS).partition(".")
         found[int(position)][name] = rank
-    params = [sum(rank * sum(sizes[name]) for name, rank in block.items()) for block in found]
+    params = [
+        sum(rank * sum(sizes[name]) + (sizes[name][0] if lengths else 0) for name, rank in block.items())
+        for block in found
+    ]
     return tuple(found), tuple(params)

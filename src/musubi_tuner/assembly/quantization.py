@@ -20,6 +20,7 @@ from musubi_tuner.quantization.stored import NF4_BLOCK_KEY
 logger = logging.getLogger(__name__)
 
 _VARIABLES = {"fp8": "LTX2_FP8_CALC_DEVICE", "int8": "LTX2_INT8_CALC_DEVICE", "nf4": "LTX2_NF4_CALC_DEVICE"}
+_NOTHING = "--loftq_init: none of the adapted layers is quantised; change the LoRA targets"
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
 
 
@@ -97,10 +98,15 @@ class LoftQStart:
 
     Attributes:
         quantize: for the loader.
+
+    Raises:
+        UserError: none of the adapted weights is of those that are quantised.
     """
 
     def __init__(self, request: LoftQRequest, network: LoRANetwork, checkpoint: Checkpoint) -> None:
         self._total = len(network.modules_by_name)
+        if not any(is_target(f"{name}.weight") for name in network.modules_by_name):
+            raise UserError(_NOTHING)
         self.quantize: Quantize = quantize_plainly
         if request.file is not None:
             packed = [name.removesuffix(".weight") for name in stored_transformer(checkpoint).scales if is_target(name)]
@@ -116,7 +122,7 @@ class LoftQStart:
             UserError: none of the adapted weights is quantised.
         """
         if not self._started:
-            raise UserError("--loftq_init: none of the adapted layers is quantised; change the LoRA targets")
+            raise UserError(_NOTHING)
         logger.info("LoftQ: %d of %d modules start from what quantising lost", len(self._started), self._total)
 
 

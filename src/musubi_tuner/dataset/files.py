@@ -37,9 +37,13 @@ def media_kind(path: Path) -> Kind | None:
 
 
 def scan_directory(directory: Path, kind: Kind) -> list[Path]:
-    """The files of one kind directly in ``directory``, sorted by path; hidden files are left out."""
+    """The files of one kind directly in ``directory``, sorted by path; hidden files are left out.
+
+    A link that leads nowhere counts: who uses it says so, rather than to leave out what the user sees in the directory.
+    """
     with os.scandir(directory) as entries:
-        names = [e.name for e in entries if e.is_file() and not e.name.startswith(".")]
+        files = (e for e in entries if e.is_file() or (e.is_symlink() and not e.is_dir()))
+        names = [e.name for e in files if not e.name.startswith(".")]
     paths = (directory / name for name in sorted(names))
     return [path for path in paths if media_kind(path) == kind]
 

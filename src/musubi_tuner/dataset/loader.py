@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -14,7 +15,7 @@ from .batch import Batch
 from .collate import load_batch
 from .frame_store import BlockPool
 from .items import TrainingSet
-from .parcel import Parcel, pack
+from .parcel import FEWER_WORKERS, Parcel, pack
 from .sampling import BatchPlan, BatchSpec
 
 _KEPT_BYTES = 1 << 28  # memory of batches that every worker keeps for the next ones
@@ -87,6 +88,24 @@ class BatchLoader:
             yield result.unpack() if isinstance(result, Parcel) else result
 
 
+@contextmanager
+def lost_workers_told() -> Iterator[None]:
+    """Make one message of the death of a worker, which interrupts whatever the block is doing.
+
+    Raises:
+        UserError: a worker process ended before its time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"a process that reads batches ahead is gone ({str(error).strip().rstrip('.')}). If it was killed, the "
+            f"system was most likely out of memory; after a bus error, shared memory is too small. {FEWER_WORKERS}"
+        ) from None
+
+
 class _Failure:
     """An error that crosses the process border without a traceback in its message."""
 
@@ -104,9 +123,9 @@ class _Batches(Dataset):
         self._pool = self._pool or BlockPool(_KEPT_BYTES)
         try:
             batch = load_batch(self.training_set, spec, self._pool)
+            return pack(batch) if self._packed else batch
         except (UserError, OSError) as error:
             return _Failure(str(error))
-        return pack(batch) if self._packed else batch
 
 
 class _Order(Sampler[BatchSpec]):

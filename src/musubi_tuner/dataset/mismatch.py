@@ -13,7 +13,10 @@ from .items import MODALITIES
 
 
 def latents_mismatch(entry: DatasetEntry, mode: Mode, name: CacheName, header: LatentHeader) -> str | None:
-    """Why latents do not belong to a dataset as it is configured now; ``None`` if they do."""
+    """Why latents do not belong to a dataset as it is configured now; ``None`` if they do.
+
+    A dataset of caches alone need not repeat what they were made with: its defaults demand nothing.
+    """
     if header.has_virtual_grid != (mode == "audio"):
         made = "audio" if header.has_virtual_grid else "video or av"
         return f"latents were made in mode {made}, this run is mode {mode}"
@@ -22,9 +25,14 @@ def latents_mismatch(entry: DatasetEntry, mode: Mode, name: CacheName, header: L
     if entry.kind == "image":
         if header.grid[0] != 1:
             return f"latents have {header.grid[0]} frames in an image dataset"
-    elif cause := _clip_mismatch(entry, name, header):
+    elif not _is_unsaid(entry, "target_frames") and (cause := _clip_mismatch(entry, name, header)):
         return cause
-    return _bucket_mismatch(entry, header)
+    return None if _is_unsaid(entry, "resolution") else _bucket_mismatch(entry, header)
+
+
+def _is_unsaid(entry: DatasetEntry, key: str) -> bool:
+    plain = entry.frame_extraction == DatasetEntry.frame_extraction
+    return entry.cache_only and plain and getattr(entry, key) == getattr(DatasetEntry, key)
 
 
 def _clip_mismatch(entry: DatasetEntry, name: CacheName, header: LatentHeader) -> str | None:

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from musubi_tuner.common.errors import UserError
+from musubi_tuner.common.tables import format_bytes
+
 from .batch import Batch
+
+FEWER_WORKERS = (
+    "Give it more (containers: --shm-size or --ipc=host), or lower --max_data_loader_n_workers; 0 reads without such "
+    "processes"
+)
 
 _ALIGNMENT = 64  # bytes; any dtype may start there
 _SMALL = 2**20  # bytes; a block up to this size goes through the pipe, which is quicker than a handshake
@@ -73,10 +81,19 @@ def pack(batch: Batch) -> Parcel:
 
 
 def _new_block(size: int) -> Tensor:
-    """In a worker's shared memory at once: sending any other block would copy it once more."""
+    """In a worker's shared memory at once: sending any other block would copy it once more.
+
+    Raises:
+        UserError: there is not enough shared memory.
+    """
     if size <= _SMALL or get_worker_info() is None:
         return torch.empty(size, dtype=torch.uint8)
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))  # as in default_collate
+    try:
+        shared = torch.UntypedStorage._new_shared(size)  # as in default_collate
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"no shared memory for a batch of {format_bytes(size)} ({reason}). {FEWER_WORKERS}") from None
+    return torch.empty(0, dtype=torch.uint8).set_(shared)
 
 
 def _from_bytes(rest: bytes, places: tuple[_Place, ...], block: bytes) -> Parcel:

@@ -107,7 +107,7 @@ def stray_captions(entry: DatasetEntry) -> list[str]:
     if entry.source is None or entry.listed:
         return []
     with os.scandir(entry.source) as entries:
-        names = sorted(e.name for e in entries if e.is_file() and not e.name.startswith("."))
+        names = sorted(e.name for e in entries if not e.is_dir() and not e.name.startswith("."))
     media = {Path(name).stem for name in names if media_kind(Path(name)) is not None}
     ending = entry.caption_extension
     return [name for name in names if name.endswith(ending) and name.removesuffix(ending) not in media]
@@ -128,11 +128,14 @@ def _listed_items(file: Path, entry: DatasetEntry) -> Iterator[SourceItem]:
 
 
 def _name_problem(path: Path) -> Problem | None:
-    """Metadata of caches, lists and manifests are UTF-8, names of files need not be."""
+    """Metadata of caches, lists and manifests are UTF-8, names of files need not be. And each line of a log is one."""
     try:
         path.name.encode("utf-8")
     except UnicodeEncodeError:
         return Problem(path, "the name of the file is not UTF-8; rename it")
+    lines = path.name.splitlines()
+    if len(lines) > 1:
+        return Problem(path.with_name(" ".join(lines)), "the name of the file has several lines; rename it")
     return None
 
 

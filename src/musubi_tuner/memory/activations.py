@@ -85,14 +85,16 @@ def block_activations(
     settings: MemorySettings,
     *,
     largest_weight: int = 0,
+    lengths: bool = False,
 ) -> BlockActivations:
     """One block's bytes.
 
     Args:
         ranks: rank of each adapted layer, by its name in the block (``attn1.to_q``).
         largest_weight: bytes of the dense weight that a quantised layer makes for its backward pass.
+        lengths: rows of adapted weights have trained lengths (DoRA).
     """
-    counting = _Counting(config, ranks, batch, numbers, settings)
+    counting = _Counting(config, ranks, batch, numbers, settings, lengths)
     parts = counting.parts()
     inputs = counting.hidden_states()
     # Gradients of the hidden states go all the way through the block, and one dense weight comes and goes.
@@ -114,8 +116,10 @@ class _Counting:
         batch: BatchShape,
         numbers: Numbers,
         settings: MemorySettings,
+        lengths: bool,
     ) -> None:
         self._config, self._ranks, self._batch, self._settings = config, ranks, batch, settings
+        self._lengths = lengths
         self._numbers, self._bytes = numbers, numbers.activation
         self._sizes = layer_sizes(config)
 
@@ -219,9 +223,13 @@ class _Counting:
         return any(f"{layer}.{name}" in self._ranks for name in names)
 
     def _hidden(self, layer: str, rows: int, key_rows: int) -> int:
-        """Values between the two factors of a layer's LoRAs."""
-        own = {name: rank for name, rank in self._ranks.items() if name.startswith(f"{layer}.")}
-        return sum(rank * (key_rows if name.endswith(("to_k", "to_v")) else rows) for name, rank in own.items())
+        """Values between the two factors of a layer's LoRAs; with trained lengths also what the base gave."""
+        own = {
+            name: rank + (self._sizes[name][0] if self._lengths else 0)
+            for name, rank in self._ranks.items()
+            if name.startswith(f"{layer}.")
+        }
+        return sum(count * (key_rows if name.endswith(("to_k", "to_v")) else rows) for name, count in own.items())
 
 
 def layer_sizes(config: TransformerConfig) -> dict[str, tuple[int, int]]:

@@ -51,6 +51,7 @@ class Trained:
         state_bytes: of the optimizer, for each value; see :func:`optimizer_state_bytes`.
         accumulating: gradients of earlier batches are held while the next is computed.
         averaged: a running average in fp32 is kept.
+        lengths: the rows of adapted weights have trained lengths (DoRA).
         corrects: they began at a correction of the base, which is kept in bf16 (LoftQ).
         gradient_parts: the optimizer steps whenever this share of all gradients is there, and frees it; 1 = at the end.
     """
@@ -60,6 +61,7 @@ class Trained:
     state_bytes: float
     accumulating: bool = False
     averaged: bool = False
+    lengths: bool = False
     corrects: bool = False
     gradient_parts: int = 1
 
@@ -205,6 +207,7 @@ def _blocks(request: Request) -> list[BlockActivations]:
                 request.numbers,
                 request.settings,
                 largest_weight=request.weights.largest_dense,
+                lengths=request.trained.lengths,
             )
         found.append(known[key])
     return found

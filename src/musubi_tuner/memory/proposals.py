@@ -98,7 +98,8 @@ def _ladder(request: Request) -> Iterator[_Step]:
     offload = recompute
     if not own.offload_inputs:
         changes = {"checkpointing": True, "blocks_to_checkpoint": None, "offload_inputs": True}
-        offload = _Step(changes, ("--gradient_checkpointing_cpu_offload",))
+        of_all = () if own.blocks_to_checkpoint is None else ("--blocks_to_checkpoint -1",)
+        offload = _Step(changes, ("--gradient_checkpointing_cpu_offload", *of_all))
     yield offload
     for before in (recompute, offload, _both(offload, in_parts)):
         for count in range(own.blocks_to_swap + 1, len(request.weights.blocks)):

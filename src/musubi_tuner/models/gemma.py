@@ -85,9 +85,11 @@ class Gemma:
     def excess_tokens(self, prompt: str) -> int:
         """Tokens of a prompt beyond ``max_length``, which are not read."""
         text = prompt.strip()
-        if len(text.encode("utf-8", "replace")) < self.max_length:  # a token is a byte at least
+        num_bytes = len(text.encode("utf-8", "replace"))
+        if num_bytes < self.max_length:  # a token is a byte at least
             return 0
-        tokens = self._tokenizer(text, truncation=False, max_length=None)["input_ids"]
+        # Without a limit the tokenizer warns that the model would fail, which is not given so many.
+        tokens = self._tokenizer(text, truncation=True, max_length=num_bytes + 2)["input_ids"]
         begins = self._tokenizer.bos_token_id in (None, tokens[0])
         return max(len(tokens) + (not begins) - self.max_length, 0)
 

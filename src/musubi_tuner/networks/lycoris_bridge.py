@@ -177,14 +177,21 @@ def check_arguments(
 
     ``quantised``: the base weights are not dense.
     """
-    options, names = _chosen(linears, network_dim, network_alpha, arguments, quiet=True)
-    decomposed = [name for name in names if options.of(name).dora_wd]
+    decomposed = decomposed_layers(linears, network_dim, network_alpha, arguments)
     if quantised and decomposed:
         raise UserError(
             f"LyCORIS dora_wd reads the base weights, quantised here by --fp8_base, --int8_base or --nf4_base, in "
             f"{len(decomposed)} layers such as {decomposed[0]}; leave out dora_wd, train on dense weights, or use "
             "--network_module networks.lora_ltx2 with --network_args use_dora=True"
         )
+
+
+def decomposed_layers(
+    linears: Sequence[str], network_dim: int | None, network_alpha: float | None, arguments: Mapping[str, object]
+) -> list[str]:
+    """Those of the layers that would be adapted with ``dora_wd``, which reads the weights and so wants them dense."""
+    options, names = _chosen(linears, network_dim, network_alpha, arguments, quiet=True)
+    return [name for name in names if options.of(name).dora_wd]
 
 
 def check_formats(arguments: Mapping[str, object], *, comfy: bool) -> None:

@@ -29,6 +29,7 @@ from musubi_tuner.models.ltx2.load import transformer_config
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
+from musubi_tuner.networks.network_args import parse_network_args
 from musubi_tuner.networks.resolve import resolve_network_module
 
 from .compute import Compute
@@ -166,25 +167,42 @@ def memory_outlook(
         on_gpu=on_gpu,
     )
     bases = possible_bases(checkpoint, streams, compute.dtype, quantization)
+    if _wants_dense(config, layer_names(checkpoint, streams)):
+        bases = {name: base for name, base in bases.items() if name == "dense"}
     return MemoryOutlook(request, estimate(request), _limits(config, compute.device), bases, compute.device)
 
 
-def _ranks(config: TrainNetworkConfig, names: list[str], model: TransformerConfig) -> dict[str, int]:
-    """Of every adapted layer; of one that is no LoRA, that of a LoRA with as many parameters."""
+def _ranks(config: TrainNetworkConfig, names: list[str], model: TransformerConfig) -> tuple[dict[str, int], bool]:
+    """Of every adapted layer, and whether the rows of their weights have lengths (DoRA).
+
+    Of a layer whose network is no LoRA, the rank of a LoRA with as many parameters, lengths included.
+    """
     network = config.network
     if network.network_module == LYCORIS:
         sizes, bridge = layer_sizes(model), resolve_network_module(LYCORIS)
         shapes = {path: sizes[path.split(".", 2)[2]] for path in names}
         if network.dim_from_weights:
-            return bridge.sizes_of_file(network.network_weights, shapes)
-        return bridge.planned_sizes(shapes, network.network_dim, network.network_alpha, made_with(config))
+            return bridge.sizes_of_file(network.network_weights, shapes), False
+        return bridge.planned_sizes(shapes, network.network_dim, network.network_alpha, made_with(config)), False
     if network.dim_from_weights:
-        return {name: info.rank for name, info in LoraReader(network.network_weights).infos.items() if name in names}
-    return planned_ranks(names, network.network_dim, network_options(config))
+        infos = {name: info for name, info in LoraReader(network.network_weights).infos.items() if name in names}
+        return {name: info.rank for name, info in infos.items()}, any(info.dora for info in infos.values())
+    options = network_options(config)
+    return planned_ranks(names, network.network_dim, options), parse_network_args(options).use_dora
+
+
+def _wants_dense(config: TrainNetworkConfig, names: list[str]) -> bool:
+    """Whether the network refuses quantised weights."""
+    network = config.network
+    if network.network_module != LYCORIS or network.dim_from_weights:
+        return False
+    sizes = network.network_dim, network.network_alpha
+    return bool(resolve_network_module(LYCORIS).decomposed_layers(names, *sizes, made_with(config)))
 
 
 def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerConfig, numbers: Numbers) -> Trained:
-    ranks, params = by_block(_ranks(config, names, model), model)
+    planned, lengths = _ranks(config, names, model)
+    ranks, params = by_block(planned, model, lengths=lengths)
     options = parse_key_values(config.optimizer.optimizer_args, "--optimizer_args")
     state = optimizer_state_bytes(
         optimizer_class(config.optimizer.optimizer_type).__name__,
@@ -197,6 +215,7 @@ def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerCon
         state_bytes=state,
         accumulating=config.optimizer.gradient_accumulation_steps > 1,
         averaged=config.network.ema_decay is not None,
+        lengths=lengths,
         corrects=config.calibration.loftq_init,
         gradient_parts=PARTS if config.optimizer.fused_backward_pass else 1,
     )

@@ -260,6 +260,7 @@ def test_lycoris_keeps_tensors_and_alpha(tmp_path, suffixes, capsys):
     first = tmp_path / "a.safetensors"
     save_safetensors({f"{flat}.{s}": torch.tensor(2.5) if s == "alpha" else torch.randn(2, 2) for s in suffixes}, first)
     middle = convert(first, "comfy")
+    assert ("ComfyUI does not read" in capsys.readouterr().err) == ("on_input" in suffixes)
     assert set(contents(middle)) == {f"{comfy_name(CROSS)}.{s}" for s in suffixes}
     assert_same_tensors(convert(middle, "native"), first)
     with pytest.raises(SystemExit):

@@ -123,6 +123,8 @@ def _check_target(source: AdapterFile, fmt: Format) -> None:
             f"{source.path}: {len(others)} LyCORIS modules, such as {example}; diffusers has no such format. "
             "Use native or comfy"
         )
+    if fmt == "comfy" and any("on_input" in source.roles(n) for n in others):
+        logger.warning("%s holds IA3 modules, which ComfyUI does not read", source.path)
     inputs = [n for n in source.adapters.modules if source.of_inputs(n)]
     if inputs and fmt == "diffusers":
         raise UserError(

@@ -28,7 +28,7 @@ class NetworkConfig:
     ema_update_every: int = flag(1, "optimizer steps between two updates of the running average")
     lora_target_preset: TargetPreset = flag("t2v", "which linear layers are adapted")
     dim_from_weights: bool = flag(False, "modules, ranks and alphas of --network_weights, whatever the flags say")
-    base_weights: tuple[Path, ...] = flag((), "LoRA files to merge into the base model first")
+    base_weights: tuple[Path, ...] = flag((), "LoRA, DoRA or LyCORIS files to merge into the base model first")
     base_weights_multiplier: tuple[float, ...] = flag((), "strength of each of --base_weights; not given: 1")
     lycoris_config: Path | None = flag(None, "TOML file of a LyCORIS network (--network_module lycoris.kohya)")
     init_lokr_norm: float | None = flag(None, "deviation at which the second factor of LoKr starts; not given: 0")

@@ -201,7 +201,8 @@ def _in_shape_of(y: Tensor, x: Tensor) -> Tensor:
 
 def _eager(device: str) -> bool:
     """Neither a compiler, which fuses by itself, nor autocast, whose casts the backward pass has to know of."""
-    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device)
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return not autocasts and not torch.compiler.is_compiling()
 
 
 def add_product(y: Tensor, hidden: Tensor, up: Tensor) -> Tensor:

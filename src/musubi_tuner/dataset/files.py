@@ -15,6 +15,7 @@ EXTENSIONS: dict[Kind, frozenset[str]] = {
     "image": frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"]),
     "audio": frozenset([".wav", ".flac", ".mp3", ".ogg", ".m4a", ".aac", ".opus", ".wma"]),
 }
+_KINDS = {suffix: kind for kind, suffixes in EXTENSIONS.items() for suffix in suffixes}
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class ItemFiles:
 
 def media_kind(path: Path) -> Kind | None:
     """The kind of a file by its extension (in any case), ``None`` for anything else."""
-    suffix = path.suffix.lower()
-    return next((kind for kind, suffixes in EXTENSIONS.items() if suffix in suffixes), None)
+    return _KINDS.get(path.suffix.lower())
 
 
 def scan_directory(directory: Path, kind: Kind) -> list[Path]:

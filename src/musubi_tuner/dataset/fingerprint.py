@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,16 +45,17 @@ def cache_key(parts: Mapping[str, object]) -> str:
 
 def source_stamp(*paths: Path) -> dict[str, str]:
     """Size and modification time of a file, or of several (all images of a directory) with their order."""
+    if len(paths) == 1 and not stat.S_ISDIR((only := paths[0].stat()).st_mode):  # thousands of times at every start
+        return {"source_size": str(only.st_size), "source_mtime_ns": str(only.st_mtime_ns)}
     files = [file for path in paths for file in (scan_directory(path, "image") if path.is_dir() else [path])]
     stats = [file.stat() for file in files]
     stamp = {
         "source_size": str(sum(s.st_size for s in stats)),
         "source_mtime_ns": str(max((s.st_mtime_ns for s in stats), default=0)),
     }
-    if len(paths) > 1 or paths[0].is_dir():  # renamed or exchanged files keep the sum and the latest date
-        frames = [[f.name, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)]
-        stamp["source_frames"] = cache_key({"frames": frames})
-    return stamp
+    # Renamed or exchanged files keep the sum and the latest date.
+    frames = [[f.name, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)]
+    return stamp | {"source_frames": cache_key({"frames": frames})}
 
 
 def provenance(

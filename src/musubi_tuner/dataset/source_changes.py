@@ -35,7 +35,7 @@ class SourceChanges:
             return False
         if recorded != stamp["source_size"]:
             return True
-        if not self.is_of_today(metadata, *paths):
+        if any(metadata.get(key) != value for key, value in stamp.items()):
             self._redated[paths[0].name] = None
         return False
 

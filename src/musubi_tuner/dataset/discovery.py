@@ -6,9 +6,11 @@ other programs.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -66,7 +68,8 @@ def discover(
         ConfigErrors: a dataset without any usable item, with the counts of each stage and what to do.
     """
     entries = config.validation if validation else config.datasets
-    finds = [CacheSearch(entry, mode, references).run() for entry in entries]
+    with _no_collections():
+        finds = [CacheSearch(entry, mode, references).run() for entry in entries]
     empty = [find for find in finds if not find.items and not find.problems]
     if empty:
         raise ConfigErrors([explain_empty(find) for find in empty], f"{config.path}: no cached items")
@@ -81,6 +84,18 @@ def discover(
         legacy_text_widths,
         tuple(problem for find in finds for problem in find.problems),
     )
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Nearly all that is made for thousands of files is kept; looking for garbage in it takes a seventh of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 # --- one dataset --------------------------------------------------------------------------------------------

@@ -21,14 +21,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
+from resident import GB, measured
 
 from musubi_tuner.common.safetensors_io import write_streamed
 from musubi_tuner.common.tables import format_table
@@ -37,7 +35,6 @@ from musubi_tuner.models.ltx2.config import TransformerConfig
 from musubi_tuner.models.ltx2.keys import in_mode, transformer_keys
 from musubi_tuner.models.ltx2.load import build_transformer, load_transformer
 
-GB = 1e9
 REPEATS = 3
 PREFIX = "model.diffusion_model."
 
@@ -107,29 +104,13 @@ def load_safetensors(path: Path) -> int:
 WAYS = {"ours": load_ours, "safetensors": load_safetensors}
 
 
-def measure(load, path: Path) -> dict[str, float]:
+def measure(load: Callable[[Path], int], path: Path) -> dict[str, float]:
     """Bytes kept, peak resident bytes above the start, seconds."""
-    process = psutil.Process()
     # What torch imports and allocates for the first operation and the first model is not the loader's.
     torch.ones(8).sum()
     build_transformer(TransformerConfig(num_layers=1), "video")
-    before = process.memory_info().rss
-    peak = before
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    kept = load(path)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    return {"kept": kept, "peak": max(peak, process.memory_info().rss) - before, "seconds": seconds}
+    kept, found = measured(lambda: load(path))
+    return {"kept": kept, **found}
 
 
 def report(path: Path) -> None:

@@ -19,16 +19,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "models"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "memory"))
 
+from allocations import allocated_peak
 from ltx2_tiny import config_of, tiny_config, tiny_inputs, tiny_model
 
 from musubi_tuner.assembly.transformer import attach_to_blocks
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.config.memory import MemorySettings
-from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.networks.lora_ltx2 import create_network
 
 CHECKPOINTING = MemorySettings(checkpointing=True)
@@ -82,13 +82,7 @@ def build(size: Size, settings: MemorySettings, device: torch.device, dtype: tor
     network = create_network(1.0, 16, 16, model)
     network.apply_to(model)
     network.to(device)
-    swaps: list[BlockSwap] = []
-    init = BlockSwap.__init__
-    BlockSwap.__init__ = lambda self, *a, **k: (swaps.append(self), init(self, *a, **k))[1]
-    try:
-        attach_to_blocks(model, settings, None, device=device)
-    finally:
-        BlockSwap.__init__ = init
+    swap = attach_to_blocks(model, settings, None, device=device)
     model.to(device)
     inputs = tiny_inputs(
         config, video_tokens=size.video_tokens, audio_tokens=size.audio_tokens, batch=1, dtype=dtype
@@ -100,7 +94,7 @@ def build(size: Size, settings: MemorySettings, device: torch.device, dtype: tor
         for parameter in network.parameters():
             parameter.grad = None
 
-    return model, step, swaps[0] if swaps else None
+    return model, step, swap
 
 
 def peak_of(step, device: torch.device) -> int:
@@ -110,14 +104,7 @@ def peak_of(step, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as counted:
-        step()
-    events = [e for e in counted.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return allocated_peak(step)
 
 
 def measure(size: Size, settings: MemorySettings, device: torch.device, dtype: torch.dtype) -> tuple[float, ...]:

@@ -16,13 +16,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
-import psutil
 import torch
-from load_checkpoint import GB, write_synthetic
+from load_checkpoint import write_synthetic
+from resident import GB, measured
 
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.networks.base_weights import BaseWeights
@@ -70,29 +68,9 @@ def work(name: str, folder: Path) -> Path:
 
 def measure(name: str, folder: Path, limit_gb: float | None) -> dict[str, float]:
     """Bytes written, peak bytes above the start, seconds."""
-    process = psutil.Process()
     torch.ones(8, 8) @ torch.ones(8, 8)
-    before = peak = process.memory_info().rss
-    if limit_gb is not None:
-        import resource  # not on Windows
-
-        resource.setrlimit(resource.RLIMIT_DATA, (process.memory_info().data + int(limit_gb * GB), -1))
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    try:
-        target = work(name, folder)
-    finally:
-        done.set()
-        watcher.join()
-    return {"size": target.stat().st_size, "peak": peak - before, "seconds": time.perf_counter() - start}
+    target, found = measured(lambda: work(name, folder), limit_gb=limit_gb)
+    return {"size": target.stat().st_size, **found}
 
 
 def main() -> None:

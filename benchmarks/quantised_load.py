@@ -20,13 +20,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
-import psutil
 import torch
-from load_checkpoint import GB, write_synthetic
+from load_checkpoint import write_synthetic
+from resident import GB, measured
 
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.models.checkpoint import Checkpoint
@@ -80,31 +78,10 @@ def work(name: str, path: Path) -> int:
 
 def measure(name: str, path: Path, limit_gb: float | None) -> dict[str, float]:
     """Bytes kept, peak bytes above the start, seconds."""
-    process = psutil.Process()
     torch.ones(8).sum()  # what torch allocates for its first operation and model is not the loader's
     build_transformer(TransformerConfig(num_layers=1), "video")
-    before = peak = process.memory_info().rss
-    if limit_gb is not None and name != "dense":
-        import resource  # not on Windows
-
-        used = process.memory_info().data
-        resource.setrlimit(resource.RLIMIT_DATA, (used + int(limit_gb * GB), -1))
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    try:
-        kept = work(name, path)
-    finally:
-        done.set()
-        watcher.join()
-    return {"kept": kept, "peak": peak - before, "seconds": time.perf_counter() - start}
+    kept, found = measured(lambda: work(name, path), limit_gb=None if name == "dense" else limit_gb)
+    return {"kept": kept, **found}
 
 
 def report(path: Path, limit_gb: float | None) -> None:

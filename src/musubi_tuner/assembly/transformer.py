@@ -17,7 +17,7 @@ from musubi_tuner.common.errors import ConfigErrors, UserError
 from musubi_tuner.common.tables import format_bytes
 from musubi_tuner.config.memory import CompileSettings, MemorySettings
 from musubi_tuner.memory.activation_offload import ActivationOffload
-from musubi_tuner.memory.block_swap import swap_blocks, swapped_positions
+from musubi_tuner.memory.block_swap import BlockSwap, swap_blocks, swapped_positions
 from musubi_tuner.memory.checkpointing import checkpoint_blocks, checkpointed_positions
 from musubi_tuner.memory.chunking import chunk_feed_forward, split_attention
 from musubi_tuner.memory.compilation import compile_blocks
@@ -125,8 +125,11 @@ def attach_to_blocks(
     *,
     device: torch.device,
     draws: bool = False,
-) -> None:
-    """What acts on blocks, after the network. ``draws``: something in the blocks draws random numbers (dropout)."""
+) -> BlockSwap | None:
+    """What acts on blocks, after the network; returns what swaps them.
+
+    ``draws``: something in the blocks draws random numbers (dropout).
+    """
     blocks = transformer.transformer_blocks
     transformer.set_attention_backend(memory.attention)
     if memory.split_attention is not None:
@@ -136,11 +139,11 @@ def attach_to_blocks(
     if compilation is not None:
         compile_blocks(blocks, compilation)
     recomputed = checkpointed_positions(len(blocks), memory.blocks_to_checkpoint if memory.checkpointing else 0)
-    if memory.blocks_to_swap:
-        _swap(transformer, memory, recomputed, device)
+    swap = _swap(transformer, memory, recomputed, device) if memory.blocks_to_swap else None
     if recomputed:
         offload = ActivationOffload(device, make_transfer(device)) if memory.offload_inputs else None
         checkpoint_blocks([blocks[i] for i in recomputed], preserve_rng_state=draws, offload=offload)
+    return swap
 
 
 def _use_products(transformer: LTX2Transformer, products: Fp8Products) -> None:
@@ -153,7 +156,7 @@ def _use_products(transformer: LTX2Transformer, products: Fp8Products) -> None:
         )
 
 
-def _swap(transformer: LTX2Transformer, memory: MemorySettings, recomputed: range, device: torch.device) -> None:
+def _swap(transformer: LTX2Transformer, memory: MemorySettings, recomputed: range, device: torch.device) -> BlockSwap:
     pinned = None
     if device.type != "cuda":
         logger.warning("--blocks_to_swap saves nothing on %s: the weights are in host memory in any case", device)
@@ -171,3 +174,4 @@ def _swap(transformer: LTX2Transformer, memory: MemorySettings, recomputed: rang
         swap.num_slots,
         device,
     )
+    return swap

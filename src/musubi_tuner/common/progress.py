@@ -44,7 +44,11 @@ def restart_clock(bar: tqdm) -> None:
     """Forget the time of the steps so far, so that a slow first one does not spoil rate and ETA."""
     done = bar.n
     if not bar.disable:
-        bar.reset()
+        draw, bar.display = bar.display, lambda *_, **__: True  # it would show a bar at 0
+        try:
+            bar.reset()
+        finally:
+            bar.display = draw
         bar.initial = bar.n = bar.last_print_n = done
 
 

@@ -1,6 +1,6 @@
 """What the training loop costs around the model: time of a step outside forward, backward and optimizer.
 
-The real script trains a small transformer on cache files with worker processes, as a user would run it; timers lie
+The real script trains a small transformer on cache files as a user would run it; timers lie
 around the parts of its loop. In the same run, and in turn with it, a bare loop takes steps with the same model,
 parameters and optimizer class on batches that are ready in memory: forward, loss, backward, optimizer, one number
 read. So "bare" is what the model alone costs.
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,11 +41,11 @@ from musubi_tuner import ltx2_train_network
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.safetensors_io import save_safetensors
 from musubi_tuner.common.tables import format_table
-from musubi_tuner.dataset import loader as loader_module
 from musubi_tuner.dataset.cache import CacheName, write_audio, write_latents, write_text
 from musubi_tuner.diffusion.losses import total
 from musubi_tuner.training import trainer as trainer_module
 from musubi_tuner.training.optimizers import create_optimizer
+from musubi_tuner.training.pace import Lookahead
 from musubi_tuner.training.step import TrainingView, prepare_view, view_losses
 from musubi_tuner.training.trainer import Trainer
 
@@ -150,12 +150,37 @@ class Stopwatch:
 
 
 @dataclass
-class Steps:
-    """What the loop did, step by step: a listener of it, the last one."""
+class Walls:
+    """Seconds of steps, and of their parts."""
 
-    watch: Stopwatch
     walls: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, wall: float, parts: dict[str, float]) -> None:
+        self.walls.append(wall)
+        self.parts.append(parts)
+
+    def extend(self, others: Walls) -> None:
+        self.walls += others.walls
+        self.parts += others.parts
+
+    def without_first(self) -> Walls:
+        return Walls(self.walls[1:], self.parts[1:])
+
+    def quiet(self, among: Sequence[int] | None = None) -> tuple[float, dict[str, float]]:
+        """Means over the quietest quarter of the steps ``among`` which."""
+        steps = sorted(range(len(self.walls)) if among is None else among, key=lambda i: self.walls[i])
+        steps = steps[: max(1, len(steps) // 4)]
+        names = {name for i in steps for name in self.parts[i]}
+        means = {name: statistics.fmean(self.parts[i].get(name, 0.0) for i in steps) for name in names}
+        return statistics.fmean(self.walls[i] for i in steps), means
+
+
+@dataclass
+class Steps(Walls):
+    """What the loop did, step by step: a listener of it, the last one."""
+
+    watch: Stopwatch = field(default_factory=Stopwatch)
     starts: list[int] = field(default_factory=list)  # positions of the first steps of an epoch
     _since: float = 0.0
     _new_epoch: bool = True
@@ -169,8 +194,7 @@ class Steps:
         if self._new_epoch:
             self.starts.append(len(self.walls))
         self._new_epoch = progress.batch_in_epoch == 0
-        self.walls.append(now - self._since)
-        self.parts.append(self.watch.take())
+        self.add(now - self._since, self.watch.take())
         self._since = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, progress: Any) -> None:
@@ -188,10 +212,9 @@ def time_parts(trainer: Trainer, watch: Stopwatch) -> None:
     optimizer.zero_grad = watch.around("zero_grad", optimizer.zero_grad)
     torch.Tensor.backward = watch.around("backward", torch.Tensor.backward)
     trainer_module.view_losses = watch.around("losses", view_losses)
-    trainer_module.prepare_view = watch.around("noise and conditions", prepare_view)
     trainer._clipped_gradients = watch.around("norms and clipping", trainer._clipped_gradients)
     trainer_module.StepTally = timed_class(trainer_module.StepTally, watch, "collecting and reading losses")
-    loader_module.BatchLoader.epoch = waiting(loader_module.BatchLoader.epoch, watch)
+    Lookahead.__next__ = watch.around("waiting for batches and noise", Lookahead.__next__)
     bar = tqdm.tqdm
     bar.set_postfix = watch.around("progress bar", bar.set_postfix)
     bar.update = watch.around("progress bar", bar.update)
@@ -205,85 +228,77 @@ def timed_class(cls: type, watch: Stopwatch, name: str) -> type:
     return type(cls.__name__, (cls,), methods)
 
 
-def waiting(epoch: Callable[..., Iterator], watch: Stopwatch) -> Callable[..., Iterator]:
-    def timed(*args: Any, **kwargs: Any) -> Iterator:
-        batches = epoch(*args, **kwargs)
-        while True:
-            with watch.part("waiting for batches"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-
-    return timed
-
-
 # --- the two contenders --------------------------------------------------------------------------------------
 
 
-def bare_loop(trainer: Trainer, views: list[TrainingView], steps: int) -> list[float]:
-    """Seconds of each step of the shortest loop that trains."""
+def bare_loop(trainer: Trainer, views: list[TrainingView], steps: int, watch: Stopwatch) -> Walls:
+    """The shortest loop that trains."""
     optimizer = create_optimizer("AdamW", [{"params": trainer.parameters, "lr": 1e-4}])
-    seconds, started = [], time.perf_counter()
+    optimizer.step = watch.around("optimizer", optimizer.step)
+    walls = Walls()
+    watch.take()
+    started = time.perf_counter()
     for step in range(steps):
-        loss = total(view_losses(trainer.transformer, views[step % len(views)], trainer.task))
+        loss = total(trainer_module.view_losses(trainer.transformer, views[step % len(views)], trainer.task))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
-        seconds.append(time.perf_counter() - started)
+        walls.add(time.perf_counter() - started, watch.take())
         started = time.perf_counter()
-    return seconds[1:]
+    return walls.without_first()
 
 
-def compare(trainer: Trainer, rounds: int, steps: int) -> tuple[Steps, list[float]]:
+def compare(trainer: Trainer, rounds: int, steps: int) -> tuple[Steps, Walls]:
     """Rounds of the real loop and the bare one in turn."""
     task, blocks = trainer.task, len(trainer.transformer.transformer_blocks)
     batches = list(trainer.loader.epoch(0))
     views = [prepare_view(batch, task, epoch=0, num_blocks=blocks) for batch in batches[:8]]
-    bare_loop(trainer, views, 5)
-    forward, backward, step = trainer.transformer.forward, torch.Tensor.backward, trainer.optimizer.step
     watch = Stopwatch()
     time_parts(trainer, watch)
-    record = Steps(watch)
+    bare_loop(trainer, views, 5, watch)
+    record = Steps(watch=watch)
     trainer.listeners = [*trainer.listeners, record]
-    bare = []
+    bare = Walls()
     for _ in range(rounds):
         trainer.loop = replace(trainer.loop, total_steps=trainer.progress.global_step + steps)
         REAL_RUN(trainer)
-        timed = trainer.transformer.forward, torch.Tensor.backward, trainer.optimizer.step
-        trainer.transformer.forward, torch.Tensor.backward, trainer.optimizer.step = forward, backward, step
-        bare += bare_loop(trainer, views, steps)
-        trainer.transformer.forward, torch.Tensor.backward, trainer.optimizer.step = timed
+        bare.extend(bare_loop(trainer, views, steps, watch))
     return record, bare
 
 
 # --- the report ---------------------------------------------------------------------------------------------
 
 
-def report(record: Steps, bare: list[float]) -> None:
+def report(record: Steps, bare: Walls) -> None:
     inner = [i for i in range(len(record.walls)) if i not in record.starts]
-    quiet = sorted(inner, key=lambda i: record.walls[i])[: max(1, len(inner) // 4)]
-    names = {name for i in quiet for name in record.parts[i]}
-    spent = {name: statistics.fmean(record.parts[i].get(name, 0.0) for i in quiet) for name in names}
-    wall = statistics.fmean(record.walls[i] for i in quiet)
+    wall, spent = record.quiet(inner)
+    bare_wall, bare_spent = bare.quiet()
     model = sum(spent.get(name, 0.0) for name in MODEL)
     spent["everything else"] = wall - sum(spent.values())
-    rows = [[name, milliseconds(spent.get(name, 0.0)), f"{spent.get(name, 0.0) / wall:.1%}"] for name in MODEL]
-    outside = sorted((item for item in spent.items() if item[0] not in MODEL), key=lambda item: -item[1])
-    rows += [[name, milliseconds(seconds), f"{seconds / wall:.1%}"] for name, seconds in outside]
-    rows += [["outside the model", milliseconds(wall - model), f"{(wall - model) / wall:.1%}"]]
-    rows += [["whole step", milliseconds(wall), "100.0%"]]
-    print(format_table(["part", "ms", "share"], rows, title=f"one optimizer step ({len(quiet)} of {len(inner)} steps)"))
-    quiet_bare = statistics.fmean(sorted(bare)[: max(1, len(bare) // 4)])
-    every, every_bare = statistics.median(record.walls[i] for i in inner), statistics.median(bare)
-    rows = [
-        ["quietest quarter", milliseconds(wall), milliseconds(quiet_bare), f"{wall / quiet_bare:.3f}"],
-        ["all steps", milliseconds(every), milliseconds(every_bare), f"{every / every_bare:.3f}"],
+    bare_spent["everything else"] = bare_wall - sum(bare_spent.values())
+    outside = sorted((name for name in spent if name not in MODEL), key=lambda name: -spent[name])
+    rows = [row(name, spent.get(name, 0.0), wall, bare_spent.get(name)) for name in (*MODEL, *outside)]
+    bare_model = sum(bare_spent.get(name, 0.0) for name in MODEL)
+    rows += [
+        row("outside the model", wall - model, wall, bare_wall - bare_model),
+        row("whole step", wall, wall, bare_wall),
     ]
-    print(format_table(["steps", "loop ms", "bare ms", "loop / bare"], rows))
+    print(
+        format_table(
+            ["part", "ms", "share", "bare ms"], rows, title=f"one optimizer step, quietest quarter of {len(inner)}"
+        )
+    )
+    every, every_bare = statistics.median(record.walls[i] for i in inner), statistics.median(bare.walls)
+    print(
+        f"loop / bare: {wall / bare_wall:.3f} in the quietest quarter, {every / every_bare:.3f} by the medians of all"
+    )
     first = statistics.median(record.walls[i] for i in record.starts)
     print(f"first step of an epoch: {milliseconds(first)} ms")
+
+
+def row(name: str, seconds: float, wall: float, bare: float | None) -> list[str]:
+    return [name, milliseconds(seconds), f"{seconds / wall:.1%}", "-" if bare is None else milliseconds(bare)]
 
 
 def milliseconds(seconds: float) -> str:

@@ -75,7 +75,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def render(path: Path, seed: int, size: tuple[int, int], frames: int = 120) -> Path:
+def render(path: Path, seed: int, size: tuple[int, int], frames: int = 3 * CLIP_FRAMES) -> Path:
     """A slow pan over a soft texture with film grain, 720p at about 6 Mbit/s; less grain decodes faster."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (60, 100, 3), np.uint8)

@@ -1,20 +1,21 @@
-import gc
-import multiprocessing
-import pickle
-import sys
-import time
+import threading
+from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 import torch
 from cache_files import one_dataset, write_item
+from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.dataset import parcel
+from musubi_tuner.dataset import loader as loader_module
+from musubi_tuner.dataset.batch import Batch
+from musubi_tuner.dataset.collate import load_batch
+from musubi_tuner.dataset.frame_store import BlockPool
 from musubi_tuner.dataset.items import CachedDataset, CachedItem, TrainingSet
-from musubi_tuner.dataset.loader import BatchLoader, lost_workers_told
-from musubi_tuner.dataset.sampling import BatchPlan
+from musubi_tuner.dataset.loader import BatchLoader
+from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
 
 
 def _item(name: str, **options) -> CachedItem:
@@ -86,6 +87,13 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
     return one_dataset(items, batch_size=2)
 
 
+def leaves(value: object) -> list[object]:
+    """What nested dataclasses hold."""
+    if is_dataclass(value):
+        return [leaf for f in fields(value) for leaf in leaves(getattr(value, f.name))]
+    return [value]
+
+
 def _content(batch) -> tuple:
     sound = None if batch.audio is None else (batch.audio.lengths.tolist(), batch.audio.latents.sum().item())
     return batch.keys, batch.video.latents.flatten(1).mean(1).tolist(), sound
@@ -95,7 +103,7 @@ def test_workers_change_neither_order_nor_content(cached: TrainingSet) -> None:
     plan = BatchPlan(cached, seed=3)
     before = torch.get_rng_state()
     alone = [_content(b) for b in BatchLoader(plan).epoch(1)]
-    loader = BatchLoader(plan, workers=2, persistent=True)
+    loader = BatchLoader(plan, workers=2)
     assert [_content(b) for b in loader.epoch(1)] == alone
     second = [_content(b) for b in loader.epoch(2)]
     assert torch.equal(torch.get_rng_state(), before)
@@ -104,22 +112,16 @@ def test_workers_change_neither_order_nor_content(cached: TrainingSet) -> None:
     assert len(alone) == loader.batches_per_epoch()
 
 
-def test_what_workers_need_can_be_sent_to_them(cached: TrainingSet) -> None:
-    # Where processes are spawned (Windows), everything they use is pickled.
-    plan = BatchPlan(cached, seed=3)
-    loader = BatchLoader(plan)
-    copy, specs = pickle.loads(pickle.dumps((loader._loader.dataset, plan.for_epoch(1))))
-    assert [_content(copy[spec]) for spec in specs] == [_content(b) for b in loader.epoch(1)]
-
-
 def test_resuming_within_an_epoch_reads_only_what_is_left(cached: TrainingSet, monkeypatch) -> None:
     loader = BatchLoader(BatchPlan(cached, seed=3))
     whole = [_content(b) for b in loader.epoch(5)]
     read = []
-    original = loader._loader.dataset.__class__.__getitem__
-    monkeypatch.setattr(
-        loader._loader.dataset.__class__, "__getitem__", lambda self, spec: read.append(spec) or original(self, spec)
-    )
+
+    def reading(training_set: TrainingSet, spec: BatchSpec, pool: BlockPool) -> Batch:
+        read.append(spec)
+        return load_batch(training_set, spec, pool)
+
+    monkeypatch.setattr(loader_module, "load_batch", reading)
     assert [_content(b) for b in loader.epoch(5, start=4)] == whole[4:]
     assert len(read) == len(whole) - 4
     assert list(loader.epoch(5, start=len(whole))) == []
@@ -146,29 +148,31 @@ def test_fewer_batches_than_processes_are_refused(cached: TrainingSet) -> None:
     [(8, 2, 2), (8, 64, 6), (3, 64, 3), (0, 64, 0), (8, None, 1)],
     ids=["CPUs", "batches", "flag", "none", "CPUs unknown"],
 )
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_number_of_workers(cached: TrainingSet, monkeypatch, asked: int, cpus: int | None, given: int) -> None:
     monkeypatch.setattr("musubi_tuner.dataset.loader.os.cpu_count", lambda: cpus)
     plan = BatchPlan(cached, seed=3)
     assert len(plan) == 6
-    loader = BatchLoader(plan, workers=asked, persistent=True)._loader
-    assert loader.num_workers == given
-    assert loader.prefetch_factor == (2 if given else None)
-    assert loader.persistent_workers == (given > 0)
+    assert BatchLoader(plan, workers=asked).workers == given
 
 
-def test_persistent_workers_stay_and_others_do_not(cached: TrainingSet) -> None:
-    for persistent in (True, False):
-        loader = BatchLoader(BatchPlan(cached, seed=3), workers=1, persistent=persistent)
-        processes = set()
-        for epoch in range(2):
-            batches = loader.epoch(epoch)
-            next(batches)
-            processes |= {child.pid for child in multiprocessing.active_children()}
-            list(batches)
-        assert len(processes) == (1 if persistent else 2)
-        del loader, batches
-        gc.collect()
+def test_workers_read_two_batches_each_ahead_and_end_with_the_epoch(cached: TrainingSet) -> None:
+    def readers() -> int:
+        return sum(thread.name.startswith("read-ahead") for thread in threading.enumerate())
+
+    batches = BatchLoader(BatchPlan(cached, seed=3), workers=2).epoch(0)
+    next(batches)
+    assert readers() == 2
+    batches.close()
+    assert readers() == 0
+
+
+def test_batches_in_use_are_not_overwritten_by_later_ones(cached: TrainingSet) -> None:
+    """Their memory is used again once nobody refers to them."""
+    plan = BatchPlan(cached, seed=3)
+    loader = BatchLoader(plan, workers=2)
+    kept = [batch for epoch in range(3) for batch in loader.epoch(epoch)]
+    fresh = [batch for epoch in range(3) for batch in BatchLoader(plan).epoch(epoch)]
+    assert [_content(b) for b in kept] == [_content(b) for b in fresh]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -181,32 +185,21 @@ def test_a_vanished_cache_is_one_clear_message(tmp_path: Path, workers: int) -> 
     assert "Traceback" not in str(error.value)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the news comes with a signal")
-def test_a_worker_that_is_killed_is_one_clear_message(cached: TrainingSet) -> None:
-    batches = BatchLoader(BatchPlan(cached, seed=0), workers=1).epoch(0)
-    next(batches)
-    with pytest.raises(UserError, match="a process that reads batches ahead is gone .*--max_data_loader_n_workers"):
-        _kill_workers_in_a_step()
+def test_for_a_gpu_every_tensor_is_in_page_locked_memory(cached: TrainingSet, monkeypatch) -> None:
+    """As far as it shows where there is no GPU: each tensor is pinned once, and nothing else changes."""
+    pinned = []
 
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
 
-@lost_workers_told()
-def _kill_workers_in_a_step() -> None:
-    for child in multiprocessing.active_children():
-        child.kill()
-    time.sleep(5)  # the news interrupts whatever the loop is doing
-
-
-def test_other_errors_are_not_blamed_on_workers() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), lost_workers_told():
-        raise RuntimeError("shapes do not fit")
-
-
-def test_too_little_shared_memory_is_one_clear_message(cached: TrainingSet, monkeypatch) -> None:
-    def full(size: int) -> None:
-        raise RuntimeError("unable to allocate shared memory: No space left on device (28)")
-
-    monkeypatch.setattr(parcel, "_SMALL", 0)
-    monkeypatch.setattr(parcel, "get_worker_info", lambda: object())
-    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
-    with pytest.raises(UserError, match=r"no shared memory for a batch of .*No space left.*--shm-size"):
-        parcel.pack(next(BatchLoader(BatchPlan(cached, seed=0)).epoch(0)))
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(loader_module, "bind_thread", lambda device: None)
+    plan = BatchPlan(cached, seed=3)
+    batches = list(BatchLoader(plan, workers=1, device=torch.device("cuda")).epoch(1))
+    assert [_content(b) for b in batches] == [_content(b) for b in BatchLoader(plan).epoch(1)]
+    pointers = {tensor.data_ptr() for tensor in pinned}
+    for batch in batches:
+        tensors = [t for t in leaves(batch) if isinstance(t, Tensor)]
+        assert len(tensors) >= 3
+        assert {t.data_ptr() for t in tensors} <= pointers

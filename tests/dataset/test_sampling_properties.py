@@ -222,8 +222,7 @@ class Loader(BatchLoader):
     """Gives the specs of a process in place of what they load."""
 
     def specs(self, epoch: int, **place: int) -> list[BatchSpec]:
-        next(self.epoch(epoch, **place), None)
-        return list(self._order.specs)
+        return list(self.epoch(epoch, **place))
 
 
 @pytest.fixture(autouse=True, scope="module")

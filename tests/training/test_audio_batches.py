@@ -119,12 +119,12 @@ def test_mode_video_is_refused_before_the_model_is_loaded(cached_demo, tmp_path:
     assert "--audio_batch_probability 0.5: none of the 4 batches has sound" in capsys.readouterr().err
 
 
-def test_persistent_workers_without_workers_are_warned_of(cached_demo, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_keeping_workers_needs_no_flag_and_the_flag_is_told_so(
+    cached_demo, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.setattr(Trainer, "run", lambda self: None)
     train(arguments(cached_demo(), tmp_path, "--persistent_data_loader_workers"))
-    assert (
-        "--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0" in capsys.readouterr().err
-    )
+    assert "--persistent_data_loader_workers has no effect: threads read batches" in capsys.readouterr().err
 
 
 def test_the_plan_of_a_run_follows_the_flags(cached_demo, tmp_path: Path, monkeypatch) -> None:

@@ -61,10 +61,10 @@ def validator(training_set, transformer, *, task=TASK, steps=1, epochs=None, **o
 def test_processes_together_measure_what_one_measures(parts, monkeypatch: pytest.MonkeyPatch):
     alone = validator(*parts).measure()
     tables = []
-    monkeypatch.setattr(validation_module, "sum_over_processes", lambda table: tables.append(table) or table)
+    monkeypatch.setattr(validation_module, "sum_over_processes", lambda table, device: tables.append(table) or table)
     for rank in range(3):
         validator(*parts, rank=rank, world_size=3).measure()
-    monkeypatch.setattr(validation_module, "sum_over_processes", lambda table: sum(tables))
+    monkeypatch.setattr(validation_module, "sum_over_processes", lambda table, device: sum(tables))
     assert validator(*parts, rank=0, world_size=3).measure() == alone
 
 

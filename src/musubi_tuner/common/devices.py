@@ -65,6 +65,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
+def bind_thread(device: torch.device) -> None:
+    """Make ``device`` the current one of a new thread, which else takes memory of the first GPU for itself."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
     """``tensor`` on ``device``, without the host waiting for the device.
 

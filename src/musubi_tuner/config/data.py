@@ -16,8 +16,10 @@ class DataConfig:
 
     dataset_config: Path | None = flag(None, "dataset configuration, TOML or JSON (this or --dataset_manifest)")
     dataset_manifest: Path | None = flag(None, "manifest that caching saved; needs neither sources nor configuration")
-    max_data_loader_n_workers: int = flag(8, "processes that read batches ahead (at most the CPU count); 0 = none")
-    persistent_data_loader_workers: bool = flag(False, "keep the loader processes between epochs")
+    max_data_loader_n_workers: int = flag(
+        8, "threads that read batches ahead (at most the CPU count); 0 = no more than the next"
+    )
+    persistent_data_loader_workers: bool = flag(False, "no effect: threads read batches, and cost nothing to start")
     separate_audio_buckets: bool | None = flag(None, "keep items with and without sound in separate batches")
     audio_bucket_strategy: Literal["pad", "truncate"] | None = flag(None, "bring audio lengths of a bucket together")
     audio_bucket_interval: float | None = flag(None, "step of the audio length buckets, seconds")

@@ -11,7 +11,7 @@ from .training import TrainNetworkConfig
 
 def without_effect(config: TrainNetworkConfig, explicit: Collection[str]) -> Iterable[str]:
     """One line for each given flag that has no effect."""
-    for group in (config.compatibility, config.processes):
+    for group in (config.compatibility, config.processes, config.data):
         for f in fields(group):
             value, text = getattr(group, f.name), flag_info(f).help
             if text.startswith("no effect") and value not in (f.default, config.checkpoint.ltx2_checkpoint):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -61,3 +62,19 @@ class Batch:
     @property
     def size(self) -> int:
         return len(self.keys)
+
+
+def pin_memory(batch: Batch) -> Batch:
+    """The batch in page-locked memory."""
+    return _changed(batch, lambda tensor: tensor.pin_memory())
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with every tensor changed that is in it, however deep."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _changed(getattr(value, f.name), change) for f in fields(value)})
+    if isinstance(value, Mapping):
+        return {key: _changed(part, change) for key, part in value.items()}
+    return value

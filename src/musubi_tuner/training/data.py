@@ -72,14 +72,7 @@ def make_loader(
     training_set = _checked_set(config, datasets, checkpoint)
     plan = BatchPlan(training_set, seed, mixing=audio_mixing(config, world_size))
     report_sound(plan, config.checkpoint.ltx2_mode)
-    if config.data.persistent_data_loader_workers and config.data.max_data_loader_n_workers == 0:
-        logger.warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
-    return BatchLoader(
-        plan,
-        workers=config.data.max_data_loader_n_workers,
-        persistent=config.data.persistent_data_loader_workers,
-        pin_memory=device.type == "cuda",
-    )
+    return BatchLoader(plan, workers=config.data.max_data_loader_n_workers, device=device)
 
 
 def validation_set(config: TrainNetworkConfig, datasets: DatasetConfig, checkpoint: Checkpoint) -> TrainingSet:

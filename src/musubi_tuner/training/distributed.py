@@ -59,10 +59,10 @@ def average_gradients(parameters: Sequence[Parameter]) -> None:
         p.grad.copy_(mean.view_as(p))
 
 
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum of a small tensor, of the same shape on every process."""
+def sum_over_processes(values: Tensor, device: torch.device) -> Tensor:
+    """Sum of a small tensor on the CPU, of the same shape on every process; it travels by way of ``device``."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return values
-    values = values.clone()
+    values = values.to(device, copy=True)
     dist.all_reduce(values)
-    return values
+    return values.cpu()

@@ -28,7 +28,7 @@ def clip_gradients(
     trained = [p for p in parameters if p.grad is not None]
     norms = torch._foreach_norm([p.grad for p in trained]) if trained else []
     found = norm_report(dict(zip(trained, norms, strict=True)), groups)
-    if trained and max_norm > 0:
+    if trained and max_norm > 0 and not _is_known_within(found[NORM], max_norm):
         torch.nn.utils.clip_grads_with_norm_(trained, max_norm, found[NORM])
     return found
 
@@ -51,6 +51,11 @@ def clip_each(parameters: Sequence[Parameter], norms: Sequence[Tensor], max_norm
     if max_norm > 0:
         for parameter, norm in zip(parameters, norms, strict=True):
             torch.nn.utils.clip_grads_with_norm_(parameter, max_norm, norm)
+
+
+def _is_known_within(norm: Tensor, max_norm: float) -> bool:
+    # Only of a norm on the CPU: rather than wait for a GPU, multiply by 1.
+    return norm.device.type == "cpu" and bool(norm <= max_norm)
 
 
 def _norm_of(norms: Sequence[Tensor]) -> Tensor:

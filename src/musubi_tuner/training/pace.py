@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,47 +14,56 @@ from musubi_tuner.common.devices import peak_memory
 T = TypeVar("T")
 
 
-class Waiting(Iterator[T]):
-    """An iterator that adds up how long its items were waited for."""
-
-    def __init__(self, source: Iterable[T]) -> None:
-        self._source = iter(source)
-        self._seconds = 0.0
-
-    def __next__(self) -> T:
-        started = time.perf_counter()
-        try:
-            return next(self._source)
-        finally:
-            self._seconds += time.perf_counter() - started
-
-    def take(self) -> float:
-        """Seconds since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+_END: Any = object()
 
 
 class Lookahead(Iterator[T]):
-    """An iterator whose next item can be made early.
+    """An iterator whose next item a thread makes while the last one is in use; a context, which ends the thread.
 
-    Launching a forward and backward pass returns before the device is done; the next batch's noise and copies
-    are made in that time, before the results are waited for.
+    The thread starts on it with :meth:`prepare`, at a time that suits the one who uses the items: two threads that
+    both run Python hold each other up.
+
+    Args:
+        source: advanced by the thread alone.
+        initializer: runs first in the thread.
     """
 
-    def __init__(self, source: Iterable[T]) -> None:
-        self._source = iter(source)
-        self._ready: list[T] = []
+    def __init__(self, source: Iterator[T], *, initializer: Callable[[], None] | None = None) -> None:
+        self._source = source
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="lookahead", initializer=initializer)
+        self._next: Future[T] | None = None
+        self._waited = 0.0
 
     def prepare(self) -> None:
-        """Make the next item now, if there is one."""
-        if not self._ready:
-            self._ready.extend(itertools.islice(self._source, 1))
+        """Let the thread make the next item now, if it does not already."""
+        if self._next is None:
+            self._next = self._pool.submit(next, self._source, _END)
 
     def __next__(self) -> T:
+        started = time.perf_counter()
         self.prepare()
-        if not self._ready:
+        try:
+            item = self._next.result()
+        finally:
+            self._next = None
+            self._waited += time.perf_counter() - started
+        if item is _END:
             raise StopIteration
-        return self._ready.pop()
+        return item
+
+    def waited(self) -> float:
+        """Seconds that items were waited for since the last call."""
+        seconds, self._waited = self._waited, 0.0
+        return seconds
+
+    def __enter__(self) -> Lookahead[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        close = getattr(self._source, "close", None)  # a generator ends its own threads
+        if close is not None:
+            close()
 
 
 class PeakMemory:

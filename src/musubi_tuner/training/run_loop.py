@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from musubi_tuner.dataset.loader import lost_workers_told
-
 from .compute import Compute
 from .hub import make_uploader
 from .memory_outlook import told_with
@@ -55,7 +53,7 @@ def run_loop(checked: CheckedRun, data: RunData, model: RunModel, listeners: Lis
     """Train to the end.
 
     Raises:
-        UserError: memory does not suffice, a process that reads data dies, or what is trained stays non-finite.
+        UserError: memory does not suffice, or what is trained stays non-finite.
     """
     config, accelerator = checked.config, checked.compute.accelerator
     norm_groups = by_stream(model.names, model.parameters)
@@ -75,7 +73,7 @@ def run_loop(checked: CheckedRun, data: RunData, model: RunModel, listeners: Lis
         norm_groups=norm_groups,
         fused=fused_backward_pass(config.optimizer, model.optimizer, norm_groups),
     )
-    with told_with(data.memory), lost_workers_told():
+    with told_with(data.memory):
         trainer.run()
     accelerator.end_training()
 

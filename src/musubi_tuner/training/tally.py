@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from musubi_tuner.common.devices import upload
-from musubi_tuner.diffusion.losses import LossTerm, total
+from musubi_tuner.diffusion.losses import LossTerm
 
 from .distributed import sum_over_processes
-from .levels import LEVEL_RANGES, losses_by_range
+from .levels import LEVEL_RANGES, level_range
 
 _RANGES = tuple(f"sigma_{name}" for name in LEVEL_RANGES)
 _TOKENS = "tokens"
@@ -39,8 +39,24 @@ class StepTotals:
         return round(self.sums[_TOKENS])
 
 
+@dataclass(frozen=True)
+class _Term:
+    """What the host knows of a term of a micro-batch."""
+
+    name: str
+    weight: float
+    size: int  # of its values, and of the mask over them
+    masked: bool
+
+
+@dataclass(frozen=True)
+class _Batch:
+    size: int
+    terms: tuple[_Term, ...]
+
+
 class StepTally:
-    """Collects scalars on the device, so that a step waits for it once.
+    """Collects numbers on the device, so that a step waits for it once; what is made of them is made on the host.
 
     Args:
         names: of all values that may be added, in an order that all processes share.
@@ -48,27 +64,29 @@ class StepTally:
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        # Values and how much each counts: 1, or 0 for the mean over nothing.
-        self._values: dict[str, list[Tensor]] = {name: [] for name in names}
-        self._counts: dict[str, list[Tensor]] = {name: [] for name in names}
-        self._ranges = [torch.zeros(2, len(_RANGES), device=device)]
-        self._num_tokens = 0
-        self._zero, self._one = torch.zeros((), device=device), torch.ones((), device=device)
+        self._device = device
+        self._collected: list[Tensor] = []
+        self._contents: list[str | _Batch] = []  # whose the collected numbers are
+        self._sums = dict.fromkeys((*names, *_RANGES, _TOKENS), 0.0)
+        self._counts = dict.fromkeys(self._sums, 0.0)
 
-    def add(self, name: str, value: Tensor, counts: Tensor | None = None) -> None:
-        self._values[name].append(value.detach().to(self._zero))
-        self._counts[name].append(self._one if counts is None else counts.to(self._zero))
+    def add(self, name: str, value: Tensor) -> None:
+        """One number."""
+        self._collect(name, [value])
 
-    def add_batch(self, terms: Mapping[str, LossTerm], sigma: Tensor, num_tokens: int) -> None:
+    def add_batch(self, loss: Tensor, terms: Mapping[str, LossTerm], sigma: Tensor, num_tokens: int) -> None:
         """The losses of a micro-batch, as ``loss``, by term and by noise level.
 
         A term that a mask left nothing to learn from is no loss of 0: it does not count.
+
+        Args:
+            loss: what the terms come to.
+            sigma: [B] noise levels.
         """
-        self.add("loss", total(terms))
-        for name, term in terms.items():
-            self.add(name, term.mean(), None if term.valid is None else term.valid.any())
-        self._ranges.append(losses_by_range(terms, sigma))
-        self._num_tokens += num_tokens
+        parts = [part for term in terms.values() for part in (term.value, term.valid) if part is not None]
+        known = (_Term(name, t.weight, t.value.numel(), t.valid is not None) for name, t in terms.items())
+        self._collect(_Batch(len(sigma), tuple(known)), [loss, sigma, *parts])
+        self._count(_TOKENS, num_tokens)
 
     def over_processes(self) -> StepTotals:
         """Add up over all processes, in one transfer.
@@ -76,14 +94,39 @@ class StepTally:
         Every process sends and sees the same numbers, also where its own batches lack a modality, and so takes the
         same branch afterwards.
         """
-        both = (self._values, self._counts)
-        sums, counts = (torch.stack([self._sum(parts) for parts in of_names.values()]) for of_names in both)
-        tokens = torch.tensor([[float(self._num_tokens)], [1.0]])
-        ranges = torch.stack(self._ranges).sum(dim=0)
-        parts = [torch.stack([sums, counts]), ranges, upload(tokens, sums.device)]
-        rows = sum_over_processes(torch.cat(parts, dim=1)).tolist()
-        names = [*self._values, *_RANGES, _TOKENS]
-        return StepTotals(*(dict(zip(names, row, strict=True)) for row in rows))
+        numbers = iter(torch.cat(self._collected).tolist() if self._collected else ())
+        for content in self._contents:
+            if isinstance(content, _Batch):
+                self._count_batch(content, numbers)
+            else:
+                self._count(content, next(numbers))
+        table = torch.tensor([[*self._sums.values()], [*self._counts.values()]], dtype=torch.float64)
+        rows = sum_over_processes(table, self._device).tolist()
+        return StepTotals(*(dict(zip(self._sums, row, strict=True)) for row in rows))
 
-    def _sum(self, parts: list[Tensor]) -> Tensor:
-        return torch.stack([self._zero, *parts]).sum()
+    def _collect(self, content: str | _Batch, values: Sequence[Tensor]) -> None:
+        self._collected += [value.detach().reshape(-1).to(self._device, torch.float32) for value in values]
+        self._contents.append(content)
+
+    def _count(self, name: str, value: float) -> None:
+        self._sums[name] += value
+        self._counts[name] += 1
+
+    def _count_batch(self, batch: _Batch, numbers: Iterator[float]) -> None:
+        def take(count: int) -> list[float]:
+            return list(itertools.islice(numbers, count))
+
+        self._count("loss", *take(1))
+        sigma = take(batch.size)
+        losses, learning = [0.0] * batch.size, [False] * batch.size
+        for term in batch.terms:
+            values = take(term.size)
+            valid = take(term.size) if term.masked else [1.0] * term.size
+            if any(valid):
+                self._count(term.name, sum(v * w for v, w in zip(values, valid, strict=True)) / sum(valid))
+            each = batch.size // term.size  # a term of one number is every sample's
+            losses = [a + term.weight * v * w for a, v, w in zip(losses, values * each, valid * each, strict=True)]
+            learning = [a or bool(w) for a, w in zip(learning, valid * each, strict=True)]
+        for level, loss, learns in zip(sigma, losses, learning, strict=True):
+            if learns:
+                self._count(_RANGES[level_range(level)], loss)

@@ -6,13 +6,15 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from musubi_tuner.common.devices import bind_thread
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.log import warn_once
 from musubi_tuner.common.progress import progress as progress_bar
@@ -30,7 +32,7 @@ from .fused_backward import FusedBackward
 from .gradients import NORM, clip_gradients
 from .lr_plan import LrPlan
 from .optimizers import is_schedule_free, learning_rates
-from .pace import Lookahead, PeakMemory, Waiting
+from .pace import Lookahead, PeakMemory
 from .reports import Listener, StepReport
 from .state import Progress
 from .step import TaskSettings, TrainingView, prepare_view, view_losses
@@ -126,14 +128,19 @@ class Trainer:
         epoch = state.epoch
         start = state.batch_in_epoch
         batches = self.loader.epoch(epoch, start=start, rank=self.loop.rank, world_size=self.loop.world_size)
-        waiting = Waiting(batches)
-        views = Lookahead(self._view(batch, epoch) for batch in waiting)
+        views = (self._view(batch, epoch) for batch in batches)
+        with Lookahead(views, initializer=partial(bind_thread, self.task.device)) as ahead:
+            self._run_views(ahead, epoch, bar)
+        if state.epoch > epoch:
+            for listener in self.listeners:
+                listener.on_epoch_end(epoch, state)
+
+    def _run_views(self, views: Lookahead[TrainingView], epoch: int, bar: progress_bar) -> None:
+        """Steps over the views of what is left of an epoch."""
+        state = self.progress
         num_batches = state.batches_per_epoch
         while state.epoch == epoch and state.global_step < self.loop.total_steps:
-            # Where the processes cannot share an epoch evenly, a process may get an empty last window. It takes part in
-            # the step all the same: the others wait for it.
-            window = itertools.islice(views, self.loop.accumulation)
-            report = self._optimizer_step(window, epoch, prepare_next=views.prepare, waited=waiting.take)
+            report = self._optimizer_step(views, epoch)
             state.batch_in_epoch = min(state.batch_in_epoch + self.loop.accumulation, num_batches)
             bar.set_postfix(report.postfix(), refresh=False)
             bar.update(1)
@@ -145,33 +152,25 @@ class Trainer:
                 state.epoch, state.batch_in_epoch, state.epoch_loss_index = epoch + 1, 0, 0
             for listener in self.listeners:
                 listener.on_step(report, state)
-        if state.epoch > epoch:
-            for listener in self.listeners:
-                listener.on_epoch_end(epoch, state)
 
     def _view(self, batch: Batch, epoch: int) -> TrainingView:
         return prepare_view(batch, self.task, epoch=epoch, num_blocks=len(self.transformer.transformer_blocks))
 
-    def _optimizer_step(
-        self,
-        window: Iterator[TrainingView],
-        epoch: int,
-        *,
-        prepare_next: Callable[[], None],
-        waited: Callable[[], float],
-    ) -> StepReport:
+    def _optimizer_step(self, views: Lookahead[TrainingView], epoch: int) -> StepReport:
         started = time.perf_counter()
         state = self.progress
         self.loop.lr_plan.apply(self.optimizer, state.global_step)
         norm_names = [NORM, *(f"{NORM}/{name}" for name in self.norm_groups)]
         tally = StepTally([*_LOSSES, *norm_names], self.task.device)
         keys: list[SampleKey] = []
-        for index, view in enumerate(window):
+        # Where the processes cannot share an epoch evenly, a process may get an empty last window. It takes part in
+        # the step all the same: the others wait for it.
+        for index, view in enumerate(itertools.islice(views, self.loop.accumulation)):
             keys += view.keys
-            tally.add_batch(self._backward(view, index), view.sigma, view.num_tokens)
+            loss, terms = self._backward(view, index, prepare_next=views.prepare)
+            tally.add_batch(loss, terms, view.sigma, view.num_tokens)
         for name, value in self._clipped_gradients().items():
             tally.add(name, value)
-        prepare_next()
         totals = tally.over_processes()
         losses, norms = totals.means(_LOSSES), totals.means(norm_names)
         norm, loss = norms.pop(NORM), losses.pop("loss")
@@ -195,20 +194,24 @@ class Trainer:
             seconds=seconds,
             num_tokens=totals.num_tokens,
             average_loss=self._record(loss),
-            wait_share=min(waited() / seconds, 1.0),
+            wait_share=min(views.waited() / seconds, 1.0),
             peak_memory=self._peak.bytes(),
             stepped=stepped,
             scalars=scalars,
         )
 
-    def _backward(self, view: TrainingView, index: int) -> Mapping[str, LossTerm]:
-        """Add a micro-batch's gradients; returns its loss terms."""
+    def _backward(
+        self, view: TrainingView, index: int, *, prepare_next: Callable[[], None]
+    ) -> tuple[Tensor, Mapping[str, LossTerm]]:
+        """Add a micro-batch's gradients; returns its loss and the terms of it."""
         # Dropout draws from the global generator. Seeded by the micro-batch's place in the step, it draws the same in
         # a resumed run, and however many processes share the step.
         place = index * self.loop.world_size + self.loop.rank
         seed_dropout(derive_seed(self.task.seed, "step", self.progress.global_step, place), self.task.device)
         terms = self.audio_watch.weigh(view_losses(self.transformer, view, self.task), self.progress)
         loss = total(terms)
+        if loss.requires_grad:
+            loss.register_hook(lambda _: prepare_next())  # the backward pass leaves Python to another thread
         if loss.requires_grad and self.fused:
             self.fused.backward(loss)
         elif loss.requires_grad:
@@ -218,7 +221,7 @@ class Trainer:
             warn_once(
                 logger, "untouched", "a batch of %s trains nothing: no adapted module has a part in it", "+".join(terms)
             )
-        return terms
+        return loss, terms
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self.parameters)

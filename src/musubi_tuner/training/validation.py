@@ -72,7 +72,7 @@ def item_loss(
     # A mask may leave nothing of a modality to learn.
     found = {name: term for name, term in terms.items() if term.valid is None or bool(term.valid.any())}
     means = {name: float(term.mean()) for name, term in found.items()}
-    return ItemLoss(float(total(terms)), means, int(level_range(view.sigma)))
+    return ItemLoss(float(total(terms)), means, level_range(view.sigma.item()))
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Validator:
                 table[index] = _row(loss)
                 bar.update(1)
         # Each row is one process's and 0 on the others, so the sum is exact, and the same however many there are.
-        rows = sum_over_processes(table.to(self.task.device)).tolist()
+        rows = sum_over_processes(table, self.task.device).tolist()
         return [_item(row) for row in rows]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,9 +14,10 @@ from torch import nn
 from musubi_tuner.common.errors import UserError
 
 from .adapter_network import AdapterNetwork, LoadReport, absent_modules, compare_modules
+from .attached import Switch
 from .dora import DoRALinear
 from .formats import Format, LoraFile, LoraModule, lengths_over_base, load_lora, save_lora
-from .lora import LoRALinear, Switch
+from .lora import LoRALinear
 from .max_norm import limit_norms
 from .module_options import ModuleOptions, check_patterns, dropouts, module_options
 from .network_args import NetworkArgs, parse_network_args
@@ -54,6 +54,7 @@ class LoRANetwork(AdapterNetwork):
         modules_by_name: dotted path in the transformer -> :class:`LoRALinear`.
     """
 
+    module_name = "networks.lora_ltx2"
     modules_by_name: dict[str, LoRALinear]
 
     def __init__(self, modules: Mapping[str, LoRALinear], switch: Switch, args: NetworkArgs | None = None) -> None:
@@ -146,20 +147,6 @@ class LoRANetwork(AdapterNetwork):
         """
         lora = self.as_lora_file(metadata, fmt)
         return save_lora(lora, path, fmt, dtype=dtype, check=lambda written: check_file(written, lora, verdict))
-
-    def metadata(self) -> dict[str, str]:
-        """``ss_network_*`` entries that describe this network."""
-        infos = [m.info for m in self.as_lora_file().modules.values()]
-        ranks, alphas = {i.rank for i in infos}, {i.alpha for i in infos}
-        dropouts = {m.dropout for m in self.modules_by_name.values()}
-        args = {k: v for k, v in vars(self.args).items() if v != getattr(NetworkArgs(), k)}
-        return {
-            "ss_network_module": "networks.lora_ltx2",
-            "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-            "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
-            "ss_network_dropout": f"{max(dropouts):g}",
-            "ss_network_args": json.dumps(args),
-        }
 
     # --- reporting ---
 
@@ -296,7 +283,7 @@ def _without_choices(network_args: Mapping[str, object]) -> NetworkArgs:
     """
     args = parse_network_args(network_args)
     kept = ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "conv_dim", "conv_alpha", "verbose")
-    wrong = [k for k, v in vars(args).items() if v != getattr(NetworkArgs(), k) and k not in kept]
+    wrong = [k for k in args.described() if k not in kept]
     if wrong:
         raise UserError(
             f"--network_args {', '.join(wrong)}: modules, ranks and alphas are those of the file "

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.config.network import LYCORIS
 
 from .adapter_math import delta_norm
 from .adapter_network import AdapterNetwork, LoadReport, absent_modules, compare_modules
@@ -39,6 +40,7 @@ class LycorisNetwork(AdapterNetwork):
         options: what it was made with; ``None``: a file.
     """
 
+    module_name = LYCORIS
     modules_by_name: dict[str, LycorisLinear]
 
     def __init__(
@@ -115,18 +117,9 @@ class LycorisNetwork(AdapterNetwork):
         modules = {name: _stored(module, fmt) for name, module in self.modules_by_name.items()}
         return write_lycoris(path, modules, fmt, dtype=dtype, metadata=metadata)
 
-    def metadata(self) -> dict[str, str]:
-        """``ss_network_*`` entries that describe this network."""
-        modules = self.modules_by_name.values()
-        ranks, alphas = {m.rank for m in modules}, {m.alpha_value for m in modules}
-        args = {} if self.options is None else self.options.described()
-        return {
-            "ss_network_module": "lycoris.kohya",
-            "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-            "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
-            "ss_network_dropout": f"{max(m.dropout for m in modules):g}",
-            "ss_network_args": json.dumps(args),
-        }
+    def described_args(self) -> dict[str, Any]:
+        """Of a network made from a file nothing."""
+        return {} if self.options is None else self.options.described()
 
     def describe(self) -> str:
         """One line for the log."""

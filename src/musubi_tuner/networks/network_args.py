@@ -30,6 +30,11 @@ class NetworkArgs:
     conv_alpha: float | None = None
     verbose: bool = False
 
+    def described(self) -> dict[str, Any]:
+        """What is not a default."""
+        default = vars(NetworkArgs())
+        return {k: v for k, v in vars(self).items() if v != default[k]}
+
 
 def _literal(value: object) -> Any:
     if not isinstance(value, str):

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,33 +158,31 @@ def create_network(
     return network
 
 
-def check_arguments(
-    linears: Sequence[str],
-    network_dim: int | None,
-    network_alpha: float | None,
-    *,
-    quantised: bool,
-    **arguments: object,
-) -> None:
-    """Raise UserError where a run would fail, knowing only the dotted paths of the model's Linears.
+def decomposed_layers(
+    linears: Sequence[str], network_dim: int | None, network_alpha: float | None, arguments: Mapping[str, object]
+) -> list[str]:
+    """Those of the layers, by their dotted paths, that would be adapted with ``dora_wd``, which reads the weights.
 
-    ``quantised``: the base weights are not dense.
+    Raises:
+        UserError: where :func:`create_network` would.
     """
-    decomposed = decomposed_layers(linears, network_dim, network_alpha, arguments)
-    if quantised and decomposed:
+    options, names = _chosen(linears, network_dim, network_alpha, arguments, quiet=True)
+    return [name for name in names if options.of(name).dora_wd]
+
+
+def decomposed_in_file(path: str | os.PathLike[str], linears: Collection[str]) -> list[str]:
+    """As :func:`decomposed_layers` for the modules of a file."""
+    return [name for name in LycorisReader(path).decomposed if name in linears]
+
+
+def refuse_quantised(decomposed: Sequence[str]) -> None:
+    """Raise UserError where layers with ``dora_wd`` are to lie over weights that are not dense."""
+    if decomposed:
         raise UserError(
             f"LyCORIS dora_wd reads the base weights, quantised here by --fp8_base, --int8_base or --nf4_base, in "
             f"{len(decomposed)} layers such as {decomposed[0]}; leave out dora_wd, train on dense weights, or use "
             "--network_module networks.lora_ltx2 with --network_args use_dora=True"
         )
-
-
-def decomposed_layers(
-    linears: Sequence[str], network_dim: int | None, network_alpha: float | None, arguments: Mapping[str, object]
-) -> list[str]:
-    """Those of the layers that would be adapted with ``dora_wd``, which reads the weights and so wants them dense."""
-    options, names = _chosen(linears, network_dim, network_alpha, arguments, quiet=True)
-    return [name for name in names if options.of(name).dora_wd]
 
 
 def check_formats(arguments: Mapping[str, object], *, comfy: bool) -> None:

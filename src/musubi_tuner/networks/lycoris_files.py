@@ -118,6 +118,11 @@ class LycorisReader:
                 raise UserError(f"{self.path}: {name}: {error}") from None
 
     @property
+    def decomposed(self) -> list[str]:
+        """Modules with lengths of DoRA."""
+        return [name for name in self.names if MAGNITUDE in self._file.roles(name)]
+
+    @property
     def infos(self) -> Mapping[str, object]:
         """The modules by name."""
         return dict.fromkeys(self.names)

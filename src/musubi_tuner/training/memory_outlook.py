@@ -37,7 +37,7 @@ from .fused_backward import PARTS
 from .optimizers import optimizer_class, parse_key_values
 from .outlook import batch_size
 from .previews import wants_previews
-from .setup import made_with, network_options, streams_built
+from .setup import layers_read, made_with, network_options, streams_built
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def memory_outlook(
         on_gpu=on_gpu,
     )
     bases = possible_bases(checkpoint, streams, compute.dtype, quantization)
-    if _wants_dense(config, layer_names(checkpoint, streams)):
+    if layers_read(config, layer_names(checkpoint, streams)):
         bases = {name: base for name, base in bases.items() if name == "dense"}
     return MemoryOutlook(request, estimate(request), _limits(config, compute.device), bases, compute.device)
 
@@ -189,15 +189,6 @@ def _ranks(config: TrainNetworkConfig, names: list[str], model: TransformerConfi
         return {name: info.rank for name, info in infos.items()}, any(info.dora for info in infos.values())
     options = network_options(config)
     return planned_ranks(names, network.network_dim, options), parse_network_args(options).use_dora
-
-
-def _wants_dense(config: TrainNetworkConfig, names: list[str]) -> bool:
-    """Whether the network refuses quantised weights."""
-    network = config.network
-    if network.network_module != LYCORIS or network.dim_from_weights:
-        return False
-    sizes = network.network_dim, network.network_alpha
-    return bool(resolve_network_module(LYCORIS).decomposed_layers(names, *sizes, made_with(config)))
 
 
 def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerConfig, numbers: Numbers) -> Trained:

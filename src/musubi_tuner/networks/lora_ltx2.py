@@ -16,8 +16,11 @@ from musubi_tuner.common.errors import UserError
 from .adapter_network import AdapterNetwork, LoadReport, absent_modules, compare_modules
 from .attached import Switch
 from .dora import DoRALinear
-from .formats import Format, LoraFile, LoraModule, lengths_over_base, load_lora, save_lora
+from .formats import Format, lengths_over_base
 from .lora import LoRALinear
+from .lora_file import LoraFile, LoraModule
+from .lora_reader import load_lora
+from .lora_writer import save_lora
 from .max_norm import limit_norms
 from .module_options import ModuleOptions, check_patterns, dropouts, module_options
 from .network_args import NetworkArgs, parse_network_args

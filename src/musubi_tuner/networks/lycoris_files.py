@@ -24,8 +24,10 @@ from .adapter_keys import ALPHA, MAGNITUDE, is_lora
 from .adapter_keys import DOWN as DOWN_ROLE
 from .adapter_keys import UP as UP_ROLE
 from .adapter_math import DORA, DOWN, UP, Kind, delta_rows, kind_of, scale_of, shape_of
-from .formats import SPELLINGS, Format, LoraModule, LoraReader, lengths_over_base
+from .formats import SPELLINGS, Format, lengths_over_base
 from .hashes import TensorSpec, write_safetensors
+from .lora_file import LoraModule
+from .lora_reader import LoraReader
 
 _TINY = 1e-30
 _ROLES = {DOWN_ROLE: DOWN, UP_ROLE: UP, MAGNITUDE: DORA}

@@ -31,8 +31,8 @@ from musubi_tuner.models.ltx2.load import Edits, check_editable, transformer_sha
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.adapter_network import AdapterNetwork
-from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import check_arguments, check_file_arguments
+from musubi_tuner.networks.lora_reader import LoraReader
 from musubi_tuner.networks.lycoris_files import LycorisReader
 from musubi_tuner.networks.merge_on_load import open_base_weights, weight_edits
 from musubi_tuner.networks.network_args import parse_network_args

@@ -188,7 +188,7 @@ class AdapterNetwork(nn.Module, ABC):
 
 
 def compare_modules(own: Collection[str], given: Iterable[str], source: str) -> LoadReport:
-    """Which modules of a file a network has.
+    """Which modules of a file a network has; warns where one has more than the other.
 
     Raises:
         UserError: they do not correspond; modules of the audio branch may be missing on either side.
@@ -204,7 +204,25 @@ def compare_modules(own: Collection[str], given: Iterable[str], source: str) -> 
         raise UserError(
             f"{source}: does not fit the network: {report}; use the target preset and patterns it was trained with"
         )
+    if report.missing or report.unexpected:
+        logger.warning("%s: %s", source, report)
     return report
+
+
+def adapted_layers(names: Collection[str], transformer: nn.Module, source: str) -> dict[str, nn.Linear]:
+    """The layers of ``transformer`` that a file's modules adapt; those that it lacks are left out with a warning.
+
+    Raises:
+        UserError: see :func:`absent_modules`.
+    """
+    available = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+    absent = absent_modules(names, available, source)
+    if absent:
+        logger.warning(
+            "%s: %d of %d modules are left out, since the mode builds no such part of the transformer (such as %s)",
+            *(source, len(absent), len(names), absent[0]),
+        )
+    return {name: available[name] for name in names if name in available}
 
 
 def absent_modules(names: Collection[str], available: Container[str], source: str) -> list[str]:

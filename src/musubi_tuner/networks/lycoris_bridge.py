@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 
@@ -15,7 +14,7 @@ from musubi_tuner.common.errors import UserError
 from .adapter_network import adapted_layers
 from .attached import Switch
 from .lycoris_files import LycorisFile, LycorisModule, LycorisReader, stored_over_base
-from .lycoris_layer import LycorisLinear, fits, make_layer
+from .lycoris_layer import LycorisLinear, fits, kept_per_token, make_layer
 from .lycoris_network import LycorisNetwork, as_lycoris
 from .lycoris_options import LycorisOptions, read_lycoris_options
 from .network_args import choose_layers, probability
@@ -94,22 +93,22 @@ def planned_sizes(
     network_dim: int | None,
     network_alpha: float | None,
     arguments: Mapping[str, object],
-) -> dict[str, int]:
-    """For each layer that would be adapted the rank at which a LoRA has as many parameters, rounded up.
+) -> dict[str, tuple[int, int]]:
+    """For each layer that would be adapted the trained values, and those that are kept for each token.
 
     ``shapes``: (N, K) of all layers by dotted path.
     """
     options, names = _chosen(list(shapes), network_dim, network_alpha, arguments, quiet=True)
-    ranks, known = {}, {}
+    sizes, known = {}, {}
     for name in names:
         N, K = shapes[name]
         key = (options.of(name), N, K)
         if key not in known:
             with torch.random.fork_rng(devices=[]):
                 layer = make_layer(nn.Linear(K, N, device="meta"), key[0], None, Switch())
-            known[key] = math.ceil(sum(p.numel() for p in layer.parameters()) / (N + K))
-        ranks[name] = known[key]
-    return ranks
+            known[key] = sum(p.numel() for p in layer.parameters()), kept_per_token(layer)
+        sizes[name] = known[key]
+    return sizes
 
 
 def create_network_from_weights(
@@ -147,14 +146,14 @@ def check_file_arguments(arguments: Mapping[str, object]) -> None:
         )
 
 
-def sizes_of_file(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+def sizes_of_file(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """As :func:`planned_sizes` for the modules of a file."""
-    modules = as_lycoris(path).modules
-    return {
-        name: math.ceil(sum(t.numel() for t in modules[name].tensors.values()) / sum(shape))
-        for name, shape in shapes.items()
-        if name in modules
-    }
+    sizes, file, drops = {}, as_lycoris(path), (0.0, 0.0, 0.0)
+    for name in file.modules.keys() & shapes.keys():
+        N, K = shapes[name]
+        layer = _layer_of(name, nn.Linear(K, N, device="meta"), file.modules[name], drops, Switch(), file)
+        sizes[name] = sum(p.numel() for p in layer.parameters()), kept_per_token(layer)
+    return sizes
 
 
 def _layer_of(

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "memory"))
 from ltx2_tiny import config_of
 from measured_step import CASES, measure
 
-from musubi_tuner.assembly.memory_request import by_block, linear_layers, weights_of
+from musubi_tuner.assembly.memory_request import by_block, linear_layers, lora_layers, weights_of
 from musubi_tuner.common.safetensors_io import TensorInfo
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.config.memory import MemorySettings
@@ -89,7 +89,8 @@ def main() -> None:
     model = build_transformer(config, args.mode)
     infos = {n: TensorInfo(torch.bfloat16, tuple(p.shape), 0, 2 * p.numel()) for n, p in model.named_parameters()}
     names = linear_layers(infos, args.mode)
-    ranks, params = by_block(planned_ranks(names, args.rank, {"lora_target_preset": args.preset}), config)
+    ranks = planned_ranks(names, args.rank, {"lora_target_preset": args.preset})
+    adapted = by_block(lora_layers(ranks, config), config)
     rows = []
     for base, quantization in BASES.items():
         weights = weights_of(infos, Stored("dense"), args.mode, torch.bfloat16, quantization)
@@ -98,7 +99,7 @@ def main() -> None:
                 Request(
                     config=config,
                     weights=weights,
-                    trained=Trained(ranks, params, optimizer_state_bytes(args.optimizer)),
+                    trained=Trained(adapted, optimizer_state_bytes(args.optimizer)),
                     batch=batch_of(args),
                     numbers=Numbers(2, fused_norms=True),
                     settings=MemorySettings(

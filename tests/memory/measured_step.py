@@ -11,15 +11,17 @@ from allocations import allocated_peak
 from ltx2_tiny import config_of, tiny_inputs, tiny_model
 from torch._subclasses import FakeTensor
 
-from musubi_tuner.assembly.memory_request import by_block, linear_layers, weights_of
+from musubi_tuner.assembly.memory_request import by_block, linear_layers, lora_layers, shapes_of, weights_of
 from musubi_tuner.assembly.transformer import attach_to_blocks
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.safetensors_io import TensorInfo
 from musubi_tuner.config.memory import MemorySettings
-from musubi_tuner.memory.activations import BatchShape, Numbers
+from musubi_tuner.memory.activations import Adapted, BatchShape, Numbers
 from musubi_tuner.memory.estimate import Estimate, Request, Trained, estimate, optimizer_state_bytes
 from musubi_tuner.models.ltx2.quantize import Quantization, is_target
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+from musubi_tuner.networks import lycoris_bridge
+from musubi_tuner.networks.adapter_network import AdapterNetwork
 from musubi_tuner.networks.lora_ltx2 import create_network, planned_ranks
 from musubi_tuner.quantization.linear import pack_linear
 from musubi_tuner.quantization.stored import Stored
@@ -46,6 +48,7 @@ class Case:
     audio_tokens: int = 96
     rank: int = 8
     dora: bool = False
+    lycoris: dict | None = None  # options of a LyCORIS network instead of a LoRA
     fused: bool = False  # the optimizer steps within the backward pass
 
     @property
@@ -67,16 +70,12 @@ class Case:
 def request_of(case: Case, model: LTX2Transformer) -> Request:
     """From names and shapes alone."""
     infos = {name: TensorInfo(p.dtype, tuple(p.shape), 0, p.nbytes) for name, p in model.named_parameters()}
-    ranks = planned_ranks(linear_layers(infos, case.mode), case.rank, {"lora_target_preset": case.preset})
-    by_position, params = by_block(ranks, case.config, lengths=case.dora)
     return Request(
         config=case.config,
         weights=weights_of(infos, Stored("dense"), case.mode, case.dtype, case.quantization),
         trained=Trained(
-            by_position,
-            params,
+            by_block(planned_layers(case, linear_layers(infos, case.mode)), case.config),
             optimizer_state_bytes("AdamW"),
-            lengths=case.dora,
             gradient_parts=PARTS if case.fused else 1,
         ),
         batch=BatchShape(
@@ -91,6 +90,22 @@ def request_of(case: Case, model: LTX2Transformer) -> Request:
     )
 
 
+def planned_layers(case: Case, names: list[str]) -> dict[str, Adapted]:
+    if case.lycoris is None:
+        ranks = planned_ranks(names, case.rank, {"lora_target_preset": case.preset})
+        return lora_layers(ranks, case.config, lengths=case.dora)
+    arguments = {"lora_target_preset": case.preset, **case.lycoris}
+    sizes = lycoris_bridge.planned_sizes(shapes_of(names, case.config), case.rank, case.rank, arguments)
+    return {path: Adapted(*size) for path, size in sizes.items()}
+
+
+def make_network(case: Case, model: LTX2Transformer) -> AdapterNetwork:
+    arguments = {"lora_target_preset": case.preset}
+    if case.lycoris is not None:
+        return lycoris_bridge.create_network(1.0, case.rank, case.rank, model, **arguments, **case.lycoris)
+    return create_network(1.0, case.rank, case.rank, model, **arguments, use_dora=case.dora)
+
+
 def measure(case: Case) -> tuple[int, Estimate]:
     """The most bytes that training holds at a time, what stays between steps included; and the estimate."""
     torch.manual_seed(0)
@@ -99,8 +114,7 @@ def measure(case: Case) -> tuple[int, Estimate]:
     expected = estimate(request_of(case, model))
     if case.base is not None:
         quantise(model, case.quantization)
-    arguments = {"lora_target_preset": case.preset, "use_dora": case.dora}
-    network = create_network(1.0, case.rank, case.rank, model, **arguments)
+    network = make_network(case, model)
     network.apply_to(model)
     attach_to_blocks(model, case.settings, None, device=torch.device("cpu"))
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
@@ -155,6 +169,12 @@ CASES = {
     "dora": Case(dora=True),
     "dora, every layer adapted, nf4": Case(dora=True, preset="full", base="nf4"),
     "checkpointing, dora, every layer adapted": Case(CHECKPOINTING, dora=True, preset="full"),
+    "lokr": Case(lycoris={"algo": "lokr"}, preset="full"),
+    "lokr with two factors, checkpointing": Case(CHECKPOINTING, lycoris={"algo": "lokr", "factor": "8"}),
+    "lokr with lengths": Case(lycoris={"algo": "lokr", "dora_wd": "True"}, preset="full"),
+    "lengths of inputs": Case(lycoris={"algo": "locon", "dora_wd": "True", "wd_on_output": "False"}),
+    "loha": Case(lycoris={"algo": "loha"}, preset="full"),
+    "ia3": Case(lycoris={"algo": "ia3"}),
     "fused backward": Case(CHECKPOINTING, rank=64, preset="full", video_tokens=96, fused=True),
     "the same, not fused": Case(CHECKPOINTING, rank=64, preset="full", video_tokens=96),
     "audio": Case(mode="audio", audio_tokens=512),

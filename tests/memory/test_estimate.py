@@ -9,7 +9,7 @@ import torch
 from ltx2_tiny import config_of, tiny_config, tiny_inputs, tiny_model
 from measured_step import CASES, Case, measure, quantise, request_of
 
-from musubi_tuner.assembly.memory_request import by_block, linear_layers, weights_of
+from musubi_tuner.assembly.memory_request import by_block, linear_layers, lora_layers, weights_of
 from musubi_tuner.common.av import AV
 from musubi_tuner.common.safetensors_io import TensorInfo
 from musubi_tuner.config.memory import MemorySettings
@@ -57,9 +57,10 @@ def test_what_autograd_keeps_of_a_block(version: str, preset: str, dora: bool):
         network.apply_to(model)
         kept.append(bytes_kept(model, network, tiny_inputs(config, batch=1, **size)))
     names = linear_layers((name for name, _ in model.named_parameters()), "av")
-    ranks, _ = by_block(planned_ranks(names, 4, {"lora_target_preset": preset}), config)
+    ranks = planned_ranks(names, 4, {"lora_target_preset": preset})
+    adapted = by_block(lora_layers(ranks, config, lengths=dora), config)
     shape = BatchShape(1, size["video_tokens"], size["audio_tokens"], 7)
-    block = block_activations(config, ranks[1], shape, Numbers(4), MemorySettings(), lengths=dora)
+    block = block_activations(config, adapted[1], shape, Numbers(4), MemorySettings())
     assert block.kept == pytest.approx(kept[1] - kept[0], rel=0.03)
 
 
@@ -125,8 +126,8 @@ def test_trained_values_are_those_of_the_network(preset: str, dora: bool):
     arguments["use_dora"] = str(dora)
     network = create_network(1.0, 5, 5, model, **arguments)
     names = linear_layers((name for name, _ in model.named_parameters()), "av")
-    _, params = by_block(planned_ranks(names, 5, arguments), config, lengths=dora)
-    assert sum(params) == sum(p.numel() for p in network.parameters())
+    adapted = lora_layers(planned_ranks(names, 5, arguments), config, lengths=dora)
+    assert sum(layer.params for layer in adapted.values()) == sum(p.numel() for p in network.parameters())
 
 
 def test_where_a_corrected_base_began_is_kept():
@@ -165,7 +166,7 @@ def true_size():
     infos = {n: TensorInfo(torch.bfloat16, tuple(p.shape), 0, 2 * p.numel()) for n, p in model.named_parameters()}
     request = request_of(Case(), tiny_model(Case().config))
     names = linear_layers(infos, "av")
-    ranks, params = by_block(planned_ranks(names, 32, {}), config)
+    adapted = by_block(lora_layers(planned_ranks(names, 32, {}), config), config)
     bases = {
         name: (weights_of(infos, Stored("dense"), "av", torch.bfloat16, quantization), flags)
         for name, quantization, flags in (
@@ -178,7 +179,7 @@ def true_size():
         request,
         config=config,
         weights=bases["dense"][0],
-        trained=replace(request.trained, ranks=ranks, params=params),
+        trained=replace(request.trained, blocks=adapted),
         batch=BatchShape(1, 2688, 50, 1024),
         numbers=Numbers(2, fused_norms=True),
         on_gpu=True,

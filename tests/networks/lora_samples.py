@@ -9,8 +9,9 @@ from musubi_tuner.common.av import AV
 from musubi_tuner.models.ltx2.config import TransformerConfig
 from musubi_tuner.models.ltx2.inputs import ModalityInput
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.networks.formats import LoraFile, LoraModule
-from musubi_tuner.networks.lora_ltx2 import LoRANetwork, create_network
+from musubi_tuner.networks.lora_file import LoraFile, LoraModule
+from musubi_tuner.networks.lora_ltx2 import create_network
+from musubi_tuner.networks.lora_network import LoRANetwork
 
 _VERSION_FLAGS = {
     "2.0": {},

@@ -13,9 +13,9 @@ from musubi_tuner.assembly.transformer import attach_to_blocks
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.memory import MemorySettings
 from musubi_tuner.networks.dora import DoRALinear
-from musubi_tuner.networks.formats import load_lora
 from musubi_tuner.networks.lora import LoRALinear
 from musubi_tuner.networks.lora_ltx2 import create_network, create_network_from_weights
+from musubi_tuner.networks.lora_reader import load_lora
 from musubi_tuner.networks.lycoris_files import LycorisModule
 from musubi_tuner.quantization.linear import pack_linear
 from musubi_tuner.quantization.packed import Fp8, Int8, Nf4

@@ -11,7 +11,8 @@ from musubi_tuner.ltx2_extract_lora import main
 from musubi_tuner.ltx2_merge_lora_to_model import main as merge
 from musubi_tuner.networks.base_weights import BaseWeights
 from musubi_tuner.networks.extract import RankRule, low_rank
-from musubi_tuner.networks.formats import load_lora, save_lora
+from musubi_tuner.networks.lora_reader import load_lora
+from musubi_tuner.networks.lora_writer import save_lora
 
 Q, A = "transformer_blocks.0.attn1.to_q", "transformer_blocks.1.audio_ff.net.2"
 LORA = random_lora({Q: (3, 32, 32, 2.0), A: (5, 96, 24, None)})

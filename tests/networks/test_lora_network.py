@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.networks.lora import LoRALinear, Switch
+from musubi_tuner.networks.attached import Switch
+from musubi_tuner.networks.lora import LoRALinear
 from musubi_tuner.networks.lora_ltx2 import check_arguments, create_network
 from musubi_tuner.networks.network_args import parse_network_args
 from musubi_tuner.networks.targets import linear_names

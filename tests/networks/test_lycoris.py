@@ -20,9 +20,10 @@ from musubi_tuner.networks.adapter_file import AdapterFile
 from musubi_tuner.networks.attached import Switch
 from musubi_tuner.networks.convert import Part, convert_adapter
 from musubi_tuner.networks.lora_ltx2 import create_network as create_lora
-from musubi_tuner.networks.lycoris_bridge import LycorisNetwork, create_network, create_network_from_weights
+from musubi_tuner.networks.lycoris_bridge import create_network, create_network_from_weights
 from musubi_tuner.networks.lycoris_files import LycorisReader, is_lycoris_file, open_adapter
 from musubi_tuner.networks.lycoris_layer import LycorisLinear, make_layer
+from musubi_tuner.networks.lycoris_network import LycorisNetwork
 from musubi_tuner.networks.lycoris_options import LayerOptions
 from musubi_tuner.networks.magnitudes import comfy_magnitudes
 from musubi_tuner.networks.merge_model import merge_into_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -165,14 +166,15 @@ def test_the_library_is_imported_only_when_asked_for():
     assert found.stdout.split()[-1] == "False"
 
 
-def test_planned_sizes_have_the_parameters_of_the_network():
+@pytest.mark.parametrize(
+    ("algo", "decomposed"), [*itertools.product(["lora", "loha", "lokr"], [False, True]), ("ia3", False)]
+)
+def test_planned_sizes_have_the_parameters_of_the_network(algo: str, decomposed: bool):
     model = full_skeleton("2.3", "audio")
     shapes = {n: tuple(model.get_submodule(n).weight.shape) for n in linear_names(model)}
-    for algo in ("lora", "loha", "lokr"):
-        arguments = {"algo": algo, "factor": "8"}
-        planned = planned_sizes(shapes, 16, 1.0, {"lora_target_preset": "audio", **arguments})
-        modules = create_network(1.0, 16, 1.0, model, lora_target_preset="audio", **arguments).modules_by_name
-        assert planned.keys() == modules.keys()
-        for name, rank in planned.items():
-            least = sum(p.numel() for p in modules[name].parameters()) / sum(shapes[name])
-            assert least <= rank < least + 1
+    arguments = {"lora_target_preset": "audio", "algo": algo, "factor": "8", "dora_wd": str(decomposed)}
+    planned = planned_sizes(shapes, 16, 1.0, arguments)
+    modules = create_network(1.0, 16, 1.0, model, **arguments).modules_by_name
+    assert {name: params for name, (params, _) in planned.items()} == {
+        name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()
+    }

@@ -15,7 +15,9 @@ from safetensors import safe_open
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.ltx2_merge_lora import main
-from musubi_tuner.networks.formats import LoraModule, load_lora, save_lora
+from musubi_tuner.networks.lora_file import LoraModule
+from musubi_tuner.networks.lora_reader import load_lora
+from musubi_tuner.networks.lora_writer import save_lora
 from musubi_tuner.networks.merge import concat_method, merge_loras, orthogonal_method
 
 A, B, C = (f"transformer_blocks.{i}.attn1.to_q" for i in range(3))

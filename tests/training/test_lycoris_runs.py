@@ -56,6 +56,18 @@ def test_on_a_quantised_base(base, cached_demo, tmp_path: Path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_dora_from_a_file_wants_dense_weights_as_well(cached_demo, tmp_path: Path, capsys):
+    assets, module = cached_demo(), DOKR[:2]
+    train(arguments(assets, tmp_path / "first", *DOKR, steps=1))
+    weights = ("--network_weights", str(tmp_path / "first" / "x.safetensors"), "--dim_from_weights")
+    command = without(
+        arguments(assets, tmp_path / "out", *module, *weights, steps=1), "--network_dim", "--network_alpha"
+    )
+    message = refused([*command, "--nf4_base"], capsys)
+    assert "LyCORIS dora_wd reads the base weights, quantised here" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_mixed_network_with_dora_from_a_file_goes_on_and_generates(cached_demo, tmp_path: Path):
     assets, config = cached_demo(), tmp_path / "x.toml"
     config.write_text(

@@ -121,7 +121,7 @@ def test_scales_of_inputs_and_lengths_are_in_the_estimate(cached_demo, tmp_path:
     sizes = layer_sizes(plain.config)
     quantised = [size for name, size in sizes.items() if not name.endswith("to_gate_logits")]
     assert awq.weights.blocks[0] - plain.weights.blocks[0] == 4 * sum(k for _, k in quantised)
-    assert dora.trained.params[0] - plain.trained.params[0] == sum(sizes[name][0] for name in plain.trained.ranks[0])
+    assert dora.trained.params[0] - plain.trained.params[0] == sum(sizes[name][0] for name in plain.trained.blocks[0])
 
 
 @pytest.mark.parametrize("base", ["--int8_base", "--nf4_base --loftq_init", "--fp8_base --fp8_scaled --fp8_w8a8"])

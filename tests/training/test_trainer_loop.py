@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cache_files import one_dataset, write_item
+from ltx2_tiny import tiny_config, tiny_model
 from torch import nn
 
 from musubi_tuner.common.av import AV
@@ -21,10 +22,15 @@ from musubi_tuner.dataset.sampling import BatchPlan
 from musubi_tuner.diffusion.balance import BalanceSettings
 from musubi_tuner.diffusion.losses import LossTerm
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
+from musubi_tuner.models.ltx2.quantize import Quantization
+from musubi_tuner.quantization.linear import pack_linear
+from musubi_tuner.quantization.packed import Packed
+from musubi_tuner.training import culprits as culprits_module
 from musubi_tuner.training import tally as tally_module
 from musubi_tuner.training import trainer as trainer_module
 from musubi_tuner.training.audio_watch import AudioWatch
 from musubi_tuner.training.compute import Compute, make_scaler
+from musubi_tuner.training.culprits import non_finite_tensors
 from musubi_tuner.training.fused_backward import FusedBackward
 from musubi_tuner.training.lr_plan import FactorPlan
 from musubi_tuner.training.lr_schedulers import ScheduleSettings
@@ -207,6 +213,48 @@ def test_the_cache_that_makes_steps_non_finite_is_named_once(tmp_path: Path, cap
     assert [m for m in caplog.messages if "NaN" in m] == [
         f"{file.path}: holds NaN or infinity, or cannot be read; delete it and cache it again"
     ]
+
+
+def test_a_base_weight_that_makes_steps_non_finite_is_named_once(monkeypatch: pytest.MonkeyPatch, caplog):
+    searched = []
+
+    def search(model):
+        searched.append(model)
+        return iter(["blocks.0.a", "blocks.0.b", "blocks.1.a", "blocks.1.b"])
+
+    monkeypatch.setattr(culprits_module, "non_finite_tensors", search)
+    with caplog.at_level(logging.ERROR):
+        run([View(1.0)], steps=1)
+        assert not searched, "a good step costs nothing"
+        run([View(float("nan")), View(1.0), View(float("nan"))], steps=6)
+    assert len(searched) == 1
+    (message,) = [m for m in caplog.messages if "base model" in m]
+    assert "4 tensors" in message
+    assert "(blocks.0.a, blocks.0.b, blocks.1.a, ...)" in message
+
+
+LAYER = "transformer_blocks.1.attn1.to_q"
+HELD = {None: ["weight"], "fp8": ["weight", "weight_scale"], "int8": ["weight_scale"], "nf4": ["weight_scale"]}
+
+
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_found_however_it_is_held(kind: str | None, value: float):
+    model = tiny_model(tiny_config("2.3"))
+    assert not list(non_finite_tensors(model))
+    weight = model.get_submodule(LAYER).weight
+    weight.data[3, 5] = value
+    if kind is not None:
+        pack_linear(model, LAYER, Quantization(kind).method.quantize(weight.data))
+    assert list(non_finite_tensors(model)) == [f"{LAYER}.{tensor}" for tensor in HELD[kind]]
+
+
+def test_nan_in_stored_fp8_values_is_found():
+    model = tiny_model(tiny_config("2.3"))
+    weight = model.get_submodule(LAYER).weight.data
+    weight[3, 5] = float("nan")
+    pack_linear(model, LAYER, Packed(weight.to(torch.float8_e4m3fn), torch.ones(1, 1)))
+    assert list(non_finite_tensors(model)) == [f"{LAYER}.weight"]
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from musubi_tuner.common.safetensors_io import TensorInfo
-from musubi_tuner.memory.activations import layer_sizes
+from musubi_tuner.memory.activations import Adapted, layer_sizes
 from musubi_tuner.memory.estimate import Weights
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.config import Mode, TransformerConfig
@@ -103,20 +103,22 @@ def linear_layers(names: Iterable[str], mode: Mode) -> list[str]:
     return [path for path in paths if in_mode(path, mode) and not path.endswith("_norm")]
 
 
-def by_block(
-    ranks: Mapping[str, int], config: TransformerConfig, *, lengths: bool = False
-) -> tuple[tuple[Mapping[str, int], ...], tuple[int, ...]]:
-    """Ranks of layers by their paths to ranks by block and name in it, and the number of trained values by block.
-
-    ``lengths``: each row of a weight has one (DoRA).
-    """
-    sizes = layer_sizes(config)
-    found: list[dict[str, int]] = [{} for _ in range(config.num_layers)]
-    for path, rank in ranks.items():
+def by_block(adapted: Mapping[str, Adapted], config: TransformerConfig) -> tuple[Mapping[str, Adapted], ...]:
+    """Layers by their paths to layers by block and name in it."""
+    found: list[dict[str, Adapted]] = [{} for _ in range(config.num_layers)]
+    for path, layer in adapted.items():
         position, _, name = path.removeprefix(_BLOCKS).partition(".")
-        found[int(position)][name] = rank
-    params = [
-        sum(rank * sum(sizes[name]) + (sizes[name][0] if lengths else 0) for name, rank in block.items())
-        for block in found
-    ]
-    return tuple(found), tuple(params)
+        found[int(position)][name] = layer
+    return tuple(found)
+
+
+def shapes_of(paths: Iterable[str], config: TransformerConfig) -> dict[str, tuple[int, int]]:
+    """(N, K) of layers in the blocks, by their paths."""
+    sizes = layer_sizes(config)
+    return {path: sizes[path.split(".", 2)[2]] for path in paths}
+
+
+def lora_layers(ranks: Mapping[str, int], config: TransformerConfig, *, lengths: bool = False) -> dict[str, Adapted]:
+    """Layers with LoRAs of these ranks; ``lengths``: each row of a weight has one (DoRA)."""
+    shapes = shapes_of(ranks, config)
+    return {path: Adapted.by_lora(rank, shapes[path], lengths=lengths) for path, rank in ranks.items()}

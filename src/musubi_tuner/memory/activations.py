@@ -50,6 +50,25 @@ class Numbers:
 
 
 @dataclass(frozen=True)
+class Adapted:
+    """What is trained at one layer.
+
+    Attributes:
+        params: trained values.
+        per_token: values that are kept for each token besides the layer's input.
+    """
+
+    params: int
+    per_token: int
+
+    @classmethod
+    def by_lora(cls, rank: int, shape: tuple[int, int], *, lengths: bool = False) -> Adapted:
+        """A LoRA of a layer of (N, K); with ``lengths`` of its rows (DoRA) what the base gave is kept as well."""
+        N = shape[0] if lengths else 0
+        return cls(rank * sum(shape) + N, rank + N)
+
+
+@dataclass(frozen=True)
 class Part:
     """Bytes of one layer of a block.
 
@@ -79,22 +98,20 @@ class BlockActivations:
 
 def block_activations(
     config: TransformerConfig,
-    ranks: Mapping[str, int],
+    adapted: Mapping[str, Adapted],
     batch: BatchShape,
     numbers: Numbers,
     settings: MemorySettings,
     *,
     largest_weight: int = 0,
-    lengths: bool = False,
 ) -> BlockActivations:
     """One block's bytes.
 
     Args:
-        ranks: rank of each adapted layer, by its name in the block (``attn1.to_q``).
+        adapted: layers by their names in the block (``attn1.to_q``).
         largest_weight: bytes of the dense weight that a quantised layer makes for its backward pass.
-        lengths: rows of adapted weights have trained lengths (DoRA).
     """
-    counting = _Counting(config, ranks, batch, numbers, settings, lengths)
+    counting = _Counting(config, adapted, batch, numbers, settings)
     parts = counting.parts()
     inputs = counting.hidden_states()
     # Gradients of the hidden states go all the way through the block, and one dense weight comes and goes.
@@ -112,16 +129,13 @@ class _Counting:
     def __init__(
         self,
         config: TransformerConfig,
-        ranks: Mapping[str, int],
+        adapted: Mapping[str, Adapted],
         batch: BatchShape,
         numbers: Numbers,
         settings: MemorySettings,
-        lengths: bool,
     ) -> None:
-        self._config, self._ranks, self._batch, self._settings = config, ranks, batch, settings
-        self._lengths = lengths
+        self._config, self._adapted, self._batch, self._settings = config, adapted, batch, settings
         self._numbers, self._bytes = numbers, numbers.activation
-        self._sizes = layer_sizes(config)
 
     def hidden_states(self) -> tuple[int, ...]:
         sizes = (self._batch.video * self._config.width, self._batch.audio * self._config.audio_width)
@@ -141,10 +155,10 @@ class _Counting:
     # --- layers ---
 
     def _casts(self) -> Part:
-        """Factors of LoRAs in the dtype of the activations, where theirs is another."""
+        """Trained values in the dtype of the activations, where theirs is another."""
         if self._numbers.trained == self._bytes:
             return Part(0, 0)
-        return Part(sum(rank * sum(self._sizes[name]) for name, rank in self._ranks.items()) * self._bytes, 0)
+        return Part(sum(layer.params for layer in self._adapted.values()) * self._bytes, 0)
 
     def _modulation(self, width: int) -> Part:
         return Part(self._config.num_modulation_rows * width * self._batch.samples * _FP32, 0)
@@ -220,15 +234,11 @@ class _Counting:
         return size * self._batch.samples if applies and rows > size * self._batch.samples else None
 
     def _adapts(self, layer: str, *names: str) -> bool:
-        return any(f"{layer}.{name}" in self._ranks for name in names)
+        return any(f"{layer}.{name}" in self._adapted for name in names)
 
     def _hidden(self, layer: str, rows: int, key_rows: int) -> int:
-        """Values between the two factors of a layer's LoRAs; with trained lengths also what the base gave."""
-        own = {
-            name: rank + (self._sizes[name][0] if self._lengths else 0)
-            for name, rank in self._ranks.items()
-            if name.startswith(f"{layer}.")
-        }
+        """Values that the adapters of a layer's parts keep."""
+        own = {name: a.per_token for name, a in self._adapted.items() if name.startswith(f"{layer}.")}
         return sum(count * (key_rows if name.endswith(("to_k", "to_v")) else rows) for name, count in own.items())
 
 

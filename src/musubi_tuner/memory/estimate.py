@@ -13,7 +13,7 @@ from musubi_tuner.config.memory import MemorySettings
 from musubi_tuner.models.ltx2.config import TransformerConfig
 
 from .activation_offload import AHEAD, MIN_BYTES
-from .activations import BatchShape, BlockActivations, Numbers, block_activations
+from .activations import Adapted, BatchShape, BlockActivations, Numbers, block_activations
 from .block_layout import ALIGNMENT
 from .block_swap import NUM_SLOTS, swapped_positions
 from .checkpointing import checkpointed_positions
@@ -46,24 +46,25 @@ class Trained:
     """What is trained, by block.
 
     Attributes:
-        ranks: rank of each adapted layer, by its name in the block.
-        params: trained values.
+        blocks: the adapted layers of each, by their names in it.
         state_bytes: of the optimizer, for each value; see :func:`optimizer_state_bytes`.
         accumulating: gradients of earlier batches are held while the next is computed.
         averaged: a running average in fp32 is kept.
-        lengths: the rows of adapted weights have trained lengths (DoRA).
         corrects: they began at a correction of the base, which is kept in bf16 (LoftQ).
         gradient_parts: the optimizer steps whenever this share of all gradients is there, and frees it; 1 = at the end.
     """
 
-    ranks: tuple[Mapping[str, int], ...]
-    params: tuple[int, ...]
+    blocks: tuple[Mapping[str, Adapted], ...]
     state_bytes: float
     accumulating: bool = False
     averaged: bool = False
-    lengths: bool = False
     corrects: bool = False
     gradient_parts: int = 1
+
+    @property
+    def params(self) -> tuple[int, ...]:
+        """Trained values of each block."""
+        return tuple(sum(layer.params for layer in block.values()) for block in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -195,19 +196,18 @@ def with_settings(request: Request, *, weights: Weights | None = None, **changes
 
 def _blocks(request: Request) -> list[BlockActivations]:
     """Of each block; blocks that are adapted alike are counted once."""
-    known: dict[frozenset[tuple[str, int]], BlockActivations] = {}
+    known: dict[frozenset[tuple[str, Adapted]], BlockActivations] = {}
     found = []
-    for ranks in request.trained.ranks:
-        key = frozenset(ranks.items())
+    for adapted in request.trained.blocks:
+        key = frozenset(adapted.items())
         if key not in known:
             known[key] = block_activations(
                 request.config,
-                ranks,
+                adapted,
                 request.batch,
                 request.numbers,
                 request.settings,
                 largest_weight=request.weights.largest_dense,
-                lengths=request.trained.lengths,
             )
         found.append(known[key])
     return found

@@ -16,9 +16,9 @@ from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo
 from .adapter_keys import ALPHA, DOWN, MAGNITUDE, UP, Adapters, is_lora, parse_keys
 from .adapter_math import kind_of, shape_of
 from .alpha_notes import AlphaNote, read_notes, unfold
-from .formats import PEFT_METADATA, Format, peft_alpha, peft_config
+from .formats import FLAT, Format
+from .peft_config import PEFT_METADATA, peft_alpha, peft_config
 
-FLAT = ("native", "musubi")
 KEPT_PEFT = "musubi_peft_config"  # in the metadata: PEFT's configuration, for the way back
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 _INTEGERS = ("on_input", "bias_indices", "bias_size")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from musubi_tuner.common.errors import UserError
 
-from .formats import Format
-from .names import MUSUBI_PREFIX, NATIVE_PREFIX, canonical_name
+from .formats import Format, format_of
+from .names import canonical_name
 
 DOWN, UP, ALPHA, MAGNITUDE = "down", "up", "alpha", "magnitude"
 
@@ -64,7 +64,7 @@ def parse_keys(keys: Iterable[str]) -> Adapters:
         else:
             modules[name][role] = key
     _check(keys, modules, foreign, unknown)
-    return Adapters(_format(next(iter(next(iter(modules.values())).values()))), modules)
+    return Adapters(format_of(next(iter(next(iter(modules.values())).values()))), modules)
 
 
 def is_lora(roles: Iterable[str]) -> bool:
@@ -75,12 +75,6 @@ def is_lora(roles: Iterable[str]) -> bool:
 def _role(match: re.Match[str]) -> str:
     index = match.lastindex or 0
     return [*_ROLES.values(), match[index]][index - 2]  # the first group is the module
-
-
-def _format(key: str) -> Format:
-    if key.startswith(NATIVE_PREFIX):
-        return "musubi" if key.startswith(MUSUBI_PREFIX) else "native"
-    return "diffusers" if key.startswith(("transformer.", "connectors.", "base_model.")) else "comfy"
 
 
 def _check(keys: list[str], modules: dict[str, dict[str, str]], foreign: list[str], unknown: list[str]) -> None:

@@ -78,12 +78,17 @@ def shape_of(kind: Kind, tensors: Mapping[str, Tensor]) -> tuple[int | None, int
             raise UserError("its two products have different sizes or ranks")
         return shapes.pop()
     if kind == "lokr":
-        (a, c), (b, d) = (_factor_shape(tensors, i) for i in (1, 2))
+        (a, c), (b, d) = lokr_shapes(tensors)
         return a * b, c * d
     if tensors["weight"].dim() != 1:
         raise UserError("weight: expected one dimension")
     size = tensors["weight"].shape[0]
     return (None, size) if bool(tensors["on_input"]) else (size, None)
+
+
+def lokr_shapes(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of both factors of the Kronecker product."""
+    return _factor_shape(tensors, 1), _factor_shape(tensors, 2)
 
 
 def _factor_shape(tensors: Mapping[str, Tensor], index: int) -> tuple[int, int]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -47,7 +49,7 @@ class ModalityCount:
     params: int = 0
 
 
-class AdapterNetwork(nn.Module):
+class AdapterNetwork(nn.Module, ABC):
     """Changes of Linear layers of a transformer, held outside of it.
 
     Children are named as in a native file (``lora_unet_<flat>``), so ``state_dict()`` is one. All on CPU in
@@ -56,7 +58,10 @@ class AdapterNetwork(nn.Module):
     Attributes:
         modules_by_name: dotted path in the transformer -> what adapts that layer.
         args: the parsed ``--network_args`` it was made with.
+        module_name: what makes such a network, as ``--network_module`` and files name it.
     """
+
+    module_name: ClassVar[str]
 
     def __init__(self, modules: Mapping[str, AttachedLinear], switch: Switch, args: NetworkArgs | None = None) -> None:
         super().__init__()
@@ -115,24 +120,25 @@ class AdapterNetwork(nn.Module):
         finally:
             self.multiplier = previous
 
+    @abstractmethod
     def apply_max_norm_regularization(self, max_norm: float, device: torch.device) -> tuple[int, float, float]:
         """Scale deltas of a larger Frobenius norm down to ``max_norm``.
 
         Returns:
             How many were scaled, the mean and the largest norm afterwards.
         """
-        raise NotImplementedError
 
     # --- files ---
 
+    @abstractmethod
     def load_weights(self, file: str | os.PathLike[str]) -> LoadReport:
         """Fill the parameters from a file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def verdict(self) -> Verdict:
         """What the weights, which have to be finite, change."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save_checked(
         self,
         path: str | os.PathLike[str],
@@ -143,11 +149,22 @@ class AdapterNetwork(nn.Module):
         fmt: Format = "native",
     ) -> Path:
         """Write a file, which is read back and compared before it gets its name."""
-        raise NotImplementedError
 
     def metadata(self) -> dict[str, str]:
         """``ss_network_*`` entries that describe this network."""
-        raise NotImplementedError
+        modules = self.modules_by_name.values()
+        ranks, alphas = (set(column) for column in zip(*(m.stored_size for m in modules), strict=True))
+        return {
+            "ss_network_module": self.module_name,
+            "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+            "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+            "ss_network_dropout": f"{max(m.dropout for m in modules):g}",
+            "ss_network_args": json.dumps(self.described_args()),
+        }
+
+    def described_args(self) -> dict[str, Any]:
+        """What ``--network_args`` would have to say to make such a network: whatever is not a default."""
+        return self.args.described()
 
     # --- reporting ---
 
@@ -165,13 +182,13 @@ class AdapterNetwork(nn.Module):
         params = sum(p.numel() for p in self.parameters())
         return f"{len(self.modules_by_name)} modules, {params / 1e6:.2f}M parameters: {', '.join(parts)}"
 
+    @abstractmethod
     def describe(self) -> str:
         """One line for the log."""
-        raise NotImplementedError
 
 
 def compare_modules(own: Collection[str], given: Iterable[str], source: str) -> LoadReport:
-    """Which modules of a file a network has.
+    """Which modules of a file a network has; warns where one has more than the other.
 
     Raises:
         UserError: they do not correspond; modules of the audio branch may be missing on either side.
@@ -187,7 +204,25 @@ def compare_modules(own: Collection[str], given: Iterable[str], source: str) -> 
         raise UserError(
             f"{source}: does not fit the network: {report}; use the target preset and patterns it was trained with"
         )
+    if report.missing or report.unexpected:
+        logger.warning("%s: %s", source, report)
     return report
+
+
+def adapted_layers(names: Collection[str], transformer: nn.Module, source: str) -> dict[str, nn.Linear]:
+    """The layers of ``transformer`` that a file's modules adapt; those that it lacks are left out with a warning.
+
+    Raises:
+        UserError: see :func:`absent_modules`.
+    """
+    available = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+    absent = absent_modules(names, available, source)
+    if absent:
+        logger.warning(
+            "%s: %d of %d modules are left out, since the mode builds no such part of the transformer (such as %s)",
+            *(source, len(absent), len(names), absent[0]),
+        )
+    return {name: available[name] for name in names if name in available}
 
 
 def absent_modules(names: Collection[str], available: Container[str], source: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ class Switch:
         self.as_trained = True
 
 
-class AttachedLinear(nn.Module):
+class AttachedLinear(nn.Module, ABC):
     """Computes instead of a Linear layer, of which it knows how it computed before.
 
     Attributes:
@@ -65,13 +66,20 @@ class AttachedLinear(nn.Module):
         """Whether what was patched is the layer itself, not the network below."""
         return getattr(self._base_forward, "__func__", None) is type(base).forward
 
+    @property
+    def stored_size(self) -> tuple[int, float]:
+        """Rank and alpha of the layer in a file."""
+        return self.rank, self.alpha_value
+
+    @abstractmethod
     def set_multiplier(self, value: float) -> None:
-        raise NotImplementedError
+        """Scale the change by ``value`` on top of alpha / r."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}alpha" in state_dict:
             self.set_alpha(float(state_dict[f"{prefix}alpha"]))
 
+    @abstractmethod
     def set_alpha(self, value: float) -> None:
-        raise NotImplementedError
+        """Scale the change by another alpha."""

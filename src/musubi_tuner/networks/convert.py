@@ -19,11 +19,12 @@ from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
 
-from .adapter_file import FLAT, FLOATS, KEPT_PEFT, AdapterFile
+from .adapter_file import FLOATS, KEPT_PEFT, AdapterFile
 from .adapter_keys import ALPHA, DOWN, MAGNITUDE, UP, is_lora
 from .alpha_notes import NOTES, AlphaNote, fold, restoring_dtype, write_notes
-from .formats import PEFT_METADATA, SPELLINGS, Format
+from .formats import FLAT, SPELLINGS, Format
 from .hashes import LEGACY_HASH, MODEL_HASH, TensorSpec, write_safetensors
+from .peft_config import PEFT_METADATA
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,10 @@ from musubi_tuner.common.progress import progress
 from musubi_tuner.common.seeding import generator
 
 from .base_weights import BaseWeights
-from .formats import Format, LoraModule, ModuleInfo, write_lora
+from .formats import Format
 from .hashes import tensor_bytes
+from .lora_file import LoraModule, ModuleInfo
+from .lora_writer import write_lora
 from .names import known_names
 
 logger = logging.getLogger(__name__)

@@ -95,7 +95,13 @@ class LoRALinear(AttachedLinear):
             return down, up, self.alpha_value
         start_down, start_up = self.start_down.to(down.dtype), self.start_up.to(up.dtype)
         downs, ups = torch.cat([down, down - start_down]), torch.cat([up - start_up, start_up], dim=1)
-        return downs, ups, 2 * self.alpha_value
+        return downs, ups, self.stored_size[1]
+
+    @property
+    def stored_size(self) -> tuple[int, float]:
+        """Rank and alpha of :meth:`trained_factors`."""
+        factor = 1 if self.start_down is None else 2
+        return factor * self.rank, factor * self.alpha_value
 
     # --- scale ---
 

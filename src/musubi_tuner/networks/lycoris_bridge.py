@@ -2,137 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from musubi_tuner.common.errors import UserError
 
-from .adapter_math import delta_norm
-from .adapter_network import AdapterNetwork, LoadReport, absent_modules, compare_modules
+from .adapter_network import adapted_layers
 from .attached import Switch
-from .formats import Format
-from .lycoris_files import LycorisFile, LycorisModule, LycorisReader, stored_over_base, write_lycoris
-from .lycoris_layer import LycorisLinear, fits, make_layer
+from .lycoris_files import LycorisFile, LycorisModule, LycorisReader, stored_over_base
+from .lycoris_layer import LycorisLinear, fits, kept_per_token, make_layer
+from .lycoris_network import LycorisNetwork, as_lycoris
 from .lycoris_options import LycorisOptions, read_lycoris_options
-from .network_args import NetworkArgs, probability
-from .targets import linear_names, modality_of, select_targets
-from .verdict import StreamChange, Verdict
+from .network_args import choose_layers, probability
+from .targets import linear_names
 
 logger = logging.getLogger(__name__)
-
-_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "ia3": "IA3"}
-
-
-class LycorisNetwork(AdapterNetwork):
-    """Layers adapted by algorithms of LyCORIS, held outside of the transformer.
-
-    Attributes:
-        modules_by_name: dotted path in the transformer -> :class:`LycorisLinear`.
-        options: what it was made with; ``None``: a file.
-    """
-
-    modules_by_name: dict[str, LycorisLinear]
-
-    def __init__(
-        self, modules: Mapping[str, LycorisLinear], switch: Switch, options: LycorisOptions | None = None
-    ) -> None:
-        super().__init__(modules, switch, None if options is None else options.args)
-        self.options = options
-
-    @torch.no_grad()
-    def apply_max_norm_regularization(self, max_norm: float, device: torch.device) -> tuple[int, float, float]:
-        """Scale changes of a larger Frobenius norm down, all factors of a layer alike; IA3 has none.
-
-        Returns:
-            How many were scaled, the mean and the largest norm afterwards.
-        """
-        norms, scaled = [], 0
-        for module in self.modules_by_name.values():
-            if module.kind == "ia3":
-                continue
-            norm = delta_norm(module.kind, module.tensors(), module.scale)
-            if norm > max_norm:
-                factors = list(module.tensors().items())
-                _shrink(dict(factors), max_norm / norm)
-                norm, scaled = max_norm, scaled + 1
-            norms.append(norm)
-        return (scaled, sum(norms) / len(norms), max(norms)) if norms else (0, 0.0, 0.0)
-
-    # --- files ---
-
-    @torch.no_grad()
-    def load_weights(self, file: str | os.PathLike[str] | LycorisFile) -> LoadReport:
-        """Fill the parameters and alphas from a file of any format.
-
-        Modules of the audio branch may be missing on either side (a warning), others may not.
-
-        Raises:
-            UserError: the file is no adapter of LTX-2, or its modules are not those of the network.
-        """
-        file = _read(file)
-        report = compare_modules(self.modules_by_name, file.modules, file.source)
-        for name in report.matched:
-            _check(name, self.modules_by_name[name], file.modules[name], file.source)
-        for name in report.matched:
-            _fill(self.modules_by_name[name], file.modules[name], file.format)
-        if report.missing or report.unexpected:
-            logger.warning("%s: %s", file.source, report)
-        return report
-
-    def verdict(self) -> Verdict:
-        """What the weights change: of DoRA before lengths are applied, of IA3 the norm of the factors."""
-        streams = {}
-        for stream in ("video", "audio", "cross"):
-            norms = [_norm(m) for name, m in self.modules_by_name.items() if modality_of(name) == stream]
-            if norms:
-                unchanged = sum(norm == 0 for norm in norms)
-                streams[stream] = StreamChange(len(norms), unchanged, math.sqrt(sum(norm**2 for norm in norms)))
-        return Verdict(streams)
-
-    @torch.no_grad()
-    def save_checked(
-        self,
-        path: str | os.PathLike[str],
-        verdict: Verdict,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        *,
-        fmt: Format = "native",
-    ) -> Path:
-        """Write a file, which is read back and compared bit for bit before it gets its name.
-
-        Raises:
-            UserError: a value is not finite.
-        """
-        modules = {name: _stored(module, fmt) for name, module in self.modules_by_name.items()}
-        return write_lycoris(path, modules, fmt, dtype=dtype, metadata=metadata)
-
-    def metadata(self) -> dict[str, str]:
-        """``ss_network_*`` entries that describe this network."""
-        modules = self.modules_by_name.values()
-        ranks, alphas = {m.rank for m in modules}, {m.alpha_value for m in modules}
-        args = {} if self.options is None else self.options.described()
-        return {
-            "ss_network_module": "lycoris.kohya",
-            "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-            "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
-            "ss_network_dropout": f"{max(m.dropout for m in modules):g}",
-            "ss_network_args": json.dumps(args),
-        }
-
-    def describe(self) -> str:
-        """One line for the log."""
-        kinds = Counter(_label(module) for module in self.modules_by_name.values())
-        text = ", ".join(f"{label} {count}" for label, count in kinds.items())
-        return f"LyCORIS ({text}): {self.describe_counts()}"
 
 
 def create_network(
@@ -165,33 +53,31 @@ def create_network(
     return network
 
 
-def check_arguments(
-    linears: Sequence[str],
-    network_dim: int | None,
-    network_alpha: float | None,
-    *,
-    quantised: bool,
-    **arguments: object,
-) -> None:
-    """Raise UserError where a run would fail, knowing only the dotted paths of the model's Linears.
+def decomposed_layers(
+    linears: Sequence[str], network_dim: int | None, network_alpha: float | None, arguments: Mapping[str, object]
+) -> list[str]:
+    """Those of the layers, by their dotted paths, that would be adapted with ``dora_wd``, which reads the weights.
 
-    ``quantised``: the base weights are not dense.
+    Raises:
+        UserError: where :func:`create_network` would.
     """
-    decomposed = decomposed_layers(linears, network_dim, network_alpha, arguments)
-    if quantised and decomposed:
+    options, names = _chosen(linears, network_dim, network_alpha, arguments, quiet=True)
+    return [name for name in names if options.of(name).dora_wd]
+
+
+def decomposed_in_file(path: str | os.PathLike[str], linears: Collection[str]) -> list[str]:
+    """As :func:`decomposed_layers` for the modules of a file."""
+    return [name for name in LycorisReader(path).decomposed if name in linears]
+
+
+def refuse_quantised(decomposed: Sequence[str]) -> None:
+    """Raise UserError where layers with ``dora_wd`` are to lie over weights that are not dense."""
+    if decomposed:
         raise UserError(
             f"LyCORIS dora_wd reads the base weights, quantised here by --fp8_base, --int8_base or --nf4_base, in "
             f"{len(decomposed)} layers such as {decomposed[0]}; leave out dora_wd, train on dense weights, or use "
             "--network_module networks.lora_ltx2 with --network_args use_dora=True"
         )
-
-
-def decomposed_layers(
-    linears: Sequence[str], network_dim: int | None, network_alpha: float | None, arguments: Mapping[str, object]
-) -> list[str]:
-    """Those of the layers that would be adapted with ``dora_wd``, which reads the weights and so wants them dense."""
-    options, names = _chosen(linears, network_dim, network_alpha, arguments, quiet=True)
-    return [name for name in names if options.of(name).dora_wd]
 
 
 def check_formats(arguments: Mapping[str, object], *, comfy: bool) -> None:
@@ -207,22 +93,22 @@ def planned_sizes(
     network_dim: int | None,
     network_alpha: float | None,
     arguments: Mapping[str, object],
-) -> dict[str, int]:
-    """For each layer that would be adapted the rank at which a LoRA has as many parameters, rounded up.
+) -> dict[str, tuple[int, int]]:
+    """For each layer that would be adapted the trained values, and those that are kept for each token.
 
     ``shapes``: (N, K) of all layers by dotted path.
     """
     options, names = _chosen(list(shapes), network_dim, network_alpha, arguments, quiet=True)
-    ranks, known = {}, {}
+    sizes, known = {}, {}
     for name in names:
         N, K = shapes[name]
         key = (options.of(name), N, K)
         if key not in known:
             with torch.random.fork_rng(devices=[]):
                 layer = make_layer(nn.Linear(K, N, device="meta"), key[0], None, Switch())
-            known[key] = math.ceil(sum(p.numel() for p in layer.parameters()) / (N + K))
-        ranks[name] = known[key]
-    return ranks
+            known[key] = sum(p.numel() for p in layer.parameters()), kept_per_token(layer)
+        sizes[name] = known[key]
+    return sizes
 
 
 def create_network_from_weights(
@@ -241,19 +127,10 @@ def create_network_from_weights(
         UserError: the file is no adapter of LTX-2 or does not fit the transformer, or an argument has no place here.
     """
     check_file_arguments(network_args)
-    file = _read(file)
-    available = {n: m for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
-    absent = absent_modules(file.modules, available, file.source)
-    if absent:
-        logger.warning(
-            "%s: %d of %d modules are left out, since the mode builds no such part of the transformer (such as %s)",
-            *(file.source, len(absent), len(file.modules), absent[0]),
-        )
+    file = as_lycoris(file)
+    layers = adapted_layers(file.modules, transformer, file.source)
     switch, drops = Switch(), (probability(dropout or 0.0), 0.0, 0.0)
-    modules = {}
-    for name, given in file.modules.items():
-        if name in available:
-            modules[name] = _layer_of(name, available[name], given, drops, switch, file)
+    modules = {name: _layer_of(name, layer, file.modules[name], drops, switch, file) for name, layer in layers.items()}
     network = LycorisNetwork(modules, switch)
     network.multiplier = multiplier
     return network
@@ -269,14 +146,14 @@ def check_file_arguments(arguments: Mapping[str, object]) -> None:
         )
 
 
-def sizes_of_file(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+def sizes_of_file(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """As :func:`planned_sizes` for the modules of a file."""
-    modules = _read(path).modules
-    return {
-        name: math.ceil(sum(t.numel() for t in modules[name].tensors.values()) / sum(shape))
-        for name, shape in shapes.items()
-        if name in modules
-    }
+    sizes, file, drops = {}, as_lycoris(path), (0.0, 0.0, 0.0)
+    for name in file.modules.keys() & shapes.keys():
+        N, K = shapes[name]
+        layer = _layer_of(name, nn.Linear(K, N, device="meta"), file.modules[name], drops, Switch(), file)
+        sizes[name] = sum(p.numel() for p in layer.parameters()), kept_per_token(layer)
+    return sizes
 
 
 def _layer_of(
@@ -313,64 +190,6 @@ def _chosen(
     quiet: bool = False,
 ) -> tuple[LycorisOptions, list[str]]:
     options = read_lycoris_options(network_dim, network_alpha, **arguments)
-    args: NetworkArgs = options.args
-    names = select_targets(linears, args.lora_target_preset, args.include_patterns, args.exclude_patterns, quiet=quiet)
-    if not names:
-        raise UserError(
-            f"the targets match none of the {len(linears)} linear layers of the transformer; check "
-            "--lora_target_preset and include_patterns, exclude_patterns"
-        )
+    names = choose_layers(linears, options.args, quiet=quiet)
     options.check_patterns(names)
     return options, names
-
-
-def _read(file: str | os.PathLike[str] | LycorisFile) -> LycorisFile:
-    return file if isinstance(file, LycorisFile) else LycorisReader(file).read_all()
-
-
-def _check(name: str, module: LycorisLinear, given: LycorisModule, source: str) -> None:
-    own = {k: tuple(t.shape) for k, t in module.tensors().items()}
-    found = {k: tuple(t.shape) for k, t in given.tensors.items()}
-    if own == found and (module.dora is None) == (given.lengths is None):
-        return
-    if module.kind != given.kind:
-        text = f"{_NAMES[given.kind]}, that of the network {_NAMES[module.kind]}"
-    elif own != found:
-        text = f"of the sizes {found}, that of the network of {own}"
-    else:
-        text = "without DoRA, that of the network with it" if given.lengths is None else "DoRA, that of the network not"
-    raise UserError(
-        f"{source}: {name} is {text}; use the algo, --network_dim, factor and dora_wd that it was trained with, or "
-        "--dim_from_weights"
-    )
-
-
-def _fill(module: LycorisLinear, given: LycorisModule, fmt: Format) -> None:
-    for name, tensor in module.tensors().items():
-        tensor.copy_(given.tensors[name])
-    if module.kind != "ia3":
-        module.set_alpha(given.alpha or float(module.rank or 1))
-    if given.lengths is not None:
-        over_base = stored_over_base(fmt, given.lengths)
-        module.set_lengths(given.lengths.reshape(module.dora_scale.shape), over_base=over_base)
-
-
-def _stored(module: LycorisLinear, fmt: Format) -> LycorisModule:
-    tensors = {k: t.detach() for k, t in module.tensors().items()}
-    lengths = None if module.dora is None else module.lengths(over_base=fmt == "comfy")
-    return LycorisModule(module.kind, tensors, module.alpha_value, lengths)
-
-
-def _norm(module: LycorisLinear) -> float:
-    return delta_norm(module.kind, module.tensors(), module.scale)
-
-
-def _shrink(factors: Mapping[str, Tensor], ratio: float) -> None:
-    """Multiply the product of factors by a ratio, shared among them."""
-    for factor in factors.values():
-        factor.mul_(ratio ** (1 / len(factors)))
-
-
-def _label(module: LycorisLinear) -> str:
-    rank = f" of rank {module.rank}" if module.rank else ""
-    return f"{_NAMES[module.kind]}{rank}{' with DoRA' if module.dora is not None else ''}"

@@ -24,8 +24,10 @@ from .adapter_keys import ALPHA, MAGNITUDE, is_lora
 from .adapter_keys import DOWN as DOWN_ROLE
 from .adapter_keys import UP as UP_ROLE
 from .adapter_math import DORA, DOWN, UP, Kind, delta_rows, kind_of, scale_of, shape_of
-from .formats import SPELLINGS, Format, LoraModule, LoraReader, lengths_over_base
+from .formats import SPELLINGS, Format, lengths_over_base
 from .hashes import TensorSpec, write_safetensors
+from .lora_file import LoraModule
+from .lora_reader import LoraReader
 
 _TINY = 1e-30
 _ROLES = {DOWN_ROLE: DOWN, UP_ROLE: UP, MAGNITUDE: DORA}
@@ -116,6 +118,11 @@ class LycorisReader:
                 kind_of([_ROLES.get(role, role) for role in self._file.roles(name)])
             except UserError as error:
                 raise UserError(f"{self.path}: {name}: {error}") from None
+
+    @property
+    def decomposed(self) -> list[str]:
+        """Modules with lengths of DoRA."""
+        return [name for name in self.names if MAGNITUDE in self._file.roles(name)]
 
     @property
     def infos(self) -> Mapping[str, object]:

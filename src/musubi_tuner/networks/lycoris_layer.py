@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.quantization.rows import row_chunks
 
-from .adapter_math import DORA, DOWN, UP, Kind, delta_rows, kind_of, rank_of, scale_of, shape_of
+from .adapter_math import DORA, DOWN, UP, Kind, delta_rows, kind_of, lokr_shapes, rank_of, scale_of, shape_of
 from .attached import AttachedLinear, Switch
 from .lycoris_options import LayerOptions
 
@@ -269,6 +269,23 @@ def _start_lokr(tensors: dict[str, Tensor], norm: float) -> None:
     rank = tensors["lokr_w2_b"].shape[0]
     for name in ("lokr_w2_a", "lokr_w2_b"):
         tensors[name].normal_(std=(norm / rank**0.5) ** 0.5)
+
+
+def kept_per_token(layer: LycorisLinear) -> int:
+    """Values that the backward pass needs of each token besides the layer's input, where nothing is fused.
+
+    IA3 needs outputs in the place of inputs; of LoHa, dW is kept, whatever the number of tokens.
+    """
+    tensors = layer.tensors()
+    # The products with W and dW that are scaled afterwards, or that with W alone where inputs are scaled.
+    lengths = 0 if layer.dora is None else (2 - layer.dora) * layer.out_features
+    if layer.kind == "lora":
+        return layer.rank + lengths
+    if layer.kind == "lokr":
+        (_, c), (b, _) = lokr_shapes(tensors)
+        second = tensors["lokr_w2_b"].shape[0] if "lokr_w2_b" in tensors else 0
+        return c * (b + second) + lengths
+    return lengths
 
 
 def fits(layer_shape: tuple[int, int], kind: Kind, tensors: Mapping[str, Tensor]) -> bool:

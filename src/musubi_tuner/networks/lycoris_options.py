@@ -88,7 +88,7 @@ class LycorisOptions:
         found |= {f"modules.{pattern}.{k}": v for pattern, values in self.layers.items() for k, v in values.items()}
         if self.lokr_norm is not None:
             found["init.lokr_norm"] = self.lokr_norm
-        return found | {k: v for k, v in vars(self.args).items() if v != vars(NetworkArgs())[k]}
+        return found | self.args.described()
 
 
 def read_lycoris_options(

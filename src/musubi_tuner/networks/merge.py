@@ -23,7 +23,10 @@ from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
 
-from .formats import Format, LoraModule, LoraReader, ModuleInfo, refuse_dora, write_lora
+from .formats import Format
+from .lora_file import LoraModule, ModuleInfo
+from .lora_reader import LoraReader, refuse_dora
+from .lora_writer import write_lora
 
 logger = logging.getLogger(__name__)
 

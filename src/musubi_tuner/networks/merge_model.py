@@ -27,7 +27,8 @@ from musubi_tuner.quantization.fp8 import FP8_DTYPES, dequantize_fp8, quantize_f
 from musubi_tuner.quantization.rows import row_chunks
 
 from .base_weights import BaseWeights
-from .formats import LoraReader, lengths_over_base
+from .formats import lengths_over_base
+from .lora_reader import LoraReader
 from .lycoris_files import LycorisReader, adapter_module, mergeable_sizes
 
 logger = logging.getLogger(__name__)

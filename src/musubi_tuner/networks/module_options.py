@@ -11,8 +11,9 @@ from torch import nn
 
 from musubi_tuner.common.errors import UserError, did_you_mean
 
+from .attached import Switch
 from .dora import DoRALinear
-from .lora import LoRALinear, Switch
+from .lora import LoRALinear
 from .network_args import NetworkArgs, probability
 from .targets import compile_patterns, longest_match
 

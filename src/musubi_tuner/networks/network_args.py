@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from musubi_tuner.common.errors import UserError, did_you_mean
+
+from .targets import select_targets
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class NetworkArgs:
     conv_dim: int | None = None  # of other networks; LTX-2's blocks hold no convolution
     conv_alpha: float | None = None
     verbose: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """What is not a default."""
+        default = vars(NetworkArgs())
+        return {k: v for k, v in vars(self).items() if v != default[k]}
 
 
 def _literal(value: object) -> Any:
@@ -124,3 +131,18 @@ def parse_network_args(network_args: Mapping[str, object]) -> NetworkArgs:
         except (ValueError, TypeError) as error:
             raise UserError(f"--network_args {key}={raw}: {error}") from None
     return NetworkArgs(**values)
+
+
+def choose_layers(linears: Sequence[str], args: NetworkArgs, *, quiet: bool = False) -> list[str]:
+    """Those of the layers, by their dotted paths, that preset and patterns choose; see :func:`select_targets`.
+
+    Raises:
+        UserError: none, an unknown preset or an invalid pattern.
+    """
+    names = select_targets(linears, args.lora_target_preset, args.include_patterns, args.exclude_patterns, quiet=quiet)
+    if not names:
+        raise UserError(
+            f"the targets match none of the {len(linears)} linear layers of the transformer; check "
+            "--lora_target_preset and include_patterns, exclude_patterns"
+        )
+    return names

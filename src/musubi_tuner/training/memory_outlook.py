@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from musubi_tuner.assembly.memory_request import by_block, checkpoint_weights, layer_names, possible_bases
+from musubi_tuner.assembly.memory_request import (
+    by_block,
+    checkpoint_weights,
+    layer_names,
+    lora_layers,
+    possible_bases,
+    shapes_of,
+)
 from musubi_tuner.common.devices import free_host_memory, is_out_of_memory, peak_memory
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.errors import UserError
@@ -20,15 +27,15 @@ from musubi_tuner.common.tables import format_bytes, format_table
 from musubi_tuner.config.network import LYCORIS
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
-from musubi_tuner.memory.activations import BatchShape, Numbers, layer_sizes
+from musubi_tuner.memory.activations import Adapted, BatchShape, Numbers
 from musubi_tuner.memory.estimate import Estimate, Request, Trained, Weights, estimate, optimizer_state_bytes
 from musubi_tuner.memory.proposals import Limits, Proposal, propose, smallest
 from musubi_tuner.models.checkpoint import Checkpoint, Component
 from musubi_tuner.models.ltx2.config import Mode, TransformerConfig
 from musubi_tuner.models.ltx2.load import transformer_config
 from musubi_tuner.models.ltx2.quantize import Quantization
-from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
+from musubi_tuner.networks.lora_reader import LoraReader
 from musubi_tuner.networks.network_args import parse_network_args
 from musubi_tuner.networks.resolve import resolve_network_module
 
@@ -37,7 +44,7 @@ from .fused_backward import PARTS
 from .optimizers import optimizer_class, parse_key_values
 from .outlook import batch_size
 from .previews import wants_previews
-from .setup import made_with, network_options, streams_built
+from .setup import layers_read, made_with, network_options, streams_built
 
 logger = logging.getLogger(__name__)
 
@@ -167,42 +174,31 @@ def memory_outlook(
         on_gpu=on_gpu,
     )
     bases = possible_bases(checkpoint, streams, compute.dtype, quantization)
-    if _wants_dense(config, layer_names(checkpoint, streams)):
+    if layers_read(config, layer_names(checkpoint, streams)):
         bases = {name: base for name, base in bases.items() if name == "dense"}
     return MemoryOutlook(request, estimate(request), _limits(config, compute.device), bases, compute.device)
 
 
-def _ranks(config: TrainNetworkConfig, names: list[str], model: TransformerConfig) -> tuple[dict[str, int], bool]:
-    """Of every adapted layer, and whether the rows of their weights have lengths (DoRA).
-
-    Of a layer whose network is no LoRA, the rank of a LoRA with as many parameters, lengths included.
-    """
+def _adapted(config: TrainNetworkConfig, names: list[str], model: TransformerConfig) -> dict[str, Adapted]:
+    """What the network trains, by the paths of the layers."""
     network = config.network
     if network.network_module == LYCORIS:
-        sizes, bridge = layer_sizes(model), resolve_network_module(LYCORIS)
-        shapes = {path: sizes[path.split(".", 2)[2]] for path in names}
+        shapes, bridge = shapes_of(names, model), resolve_network_module(LYCORIS)
         if network.dim_from_weights:
-            return bridge.sizes_of_file(network.network_weights, shapes), False
-        return bridge.planned_sizes(shapes, network.network_dim, network.network_alpha, made_with(config)), False
+            sizes = bridge.sizes_of_file(network.network_weights, shapes)
+        else:
+            sizes = bridge.planned_sizes(shapes, network.network_dim, network.network_alpha, made_with(config))
+        return {path: Adapted(*size) for path, size in sizes.items()}
     if network.dim_from_weights:
         infos = {name: info for name, info in LoraReader(network.network_weights).infos.items() if name in names}
-        return {name: info.rank for name, info in infos.items()}, any(info.dora for info in infos.values())
+        shapes = shapes_of(infos, model)
+        return {name: Adapted.by_lora(info.rank, shapes[name], lengths=info.dora) for name, info in infos.items()}
     options = network_options(config)
-    return planned_ranks(names, network.network_dim, options), parse_network_args(options).use_dora
-
-
-def _wants_dense(config: TrainNetworkConfig, names: list[str]) -> bool:
-    """Whether the network refuses quantised weights."""
-    network = config.network
-    if network.network_module != LYCORIS or network.dim_from_weights:
-        return False
-    sizes = network.network_dim, network.network_alpha
-    return bool(resolve_network_module(LYCORIS).decomposed_layers(names, *sizes, made_with(config)))
+    ranks = planned_ranks(names, network.network_dim, options)
+    return lora_layers(ranks, model, lengths=parse_network_args(options).use_dora)
 
 
 def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerConfig, numbers: Numbers) -> Trained:
-    planned, lengths = _ranks(config, names, model)
-    ranks, params = by_block(planned, model, lengths=lengths)
     options = parse_key_values(config.optimizer.optimizer_args, "--optimizer_args")
     state = optimizer_state_bytes(
         optimizer_class(config.optimizer.optimizer_type).__name__,
@@ -210,12 +206,10 @@ def _trained(config: TrainNetworkConfig, names: list[str], model: TransformerCon
         momentum=bool(options.get("momentum")),
     )
     return Trained(
-        ranks=ranks,
-        params=params,
+        blocks=by_block(_adapted(config, names, model), model),
         state_bytes=state,
         accumulating=config.optimizer.gradient_accumulation_steps > 1,
         averaged=config.network.ema_decay is not None,
-        lengths=lengths,
         corrects=config.calibration.loftq_init,
         gradient_parts=PARTS if config.optimizer.fused_backward_pass else 1,
     )

@@ -31,8 +31,8 @@ from musubi_tuner.models.ltx2.load import Edits, check_editable, transformer_sha
 from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.adapter_network import AdapterNetwork
-from musubi_tuner.networks.formats import LoraReader
 from musubi_tuner.networks.lora_ltx2 import check_arguments, check_file_arguments
+from musubi_tuner.networks.lora_reader import LoraReader
 from musubi_tuner.networks.lycoris_files import LycorisReader
 from musubi_tuner.networks.merge_on_load import open_base_weights, weight_edits
 from musubi_tuner.networks.network_args import parse_network_args
@@ -87,22 +87,33 @@ def check_model(config: TrainNetworkConfig, checkpoint: Checkpoint) -> Edits:
     """
     settings = config.network
     shapes = transformer_shapes(checkpoint, streams_built(config))
-    if settings.dim_from_weights:
-        if settings.network_dim is not None:
-            logger.warning("--network_dim has no effect: --dim_from_weights takes the ranks of --network_weights")
-    else:
-        linears = [
-            n.removesuffix(".weight") for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 2
-        ]
-        sizes, options = (settings.network_dim, settings.network_alpha), made_with(config)
-        if settings.network_module in BUILT_IN:
-            check_arguments(linears, *sizes, **options)
-        elif settings.network_module == LYCORIS:
-            quantised = config.quantization.nf4_base or config.quantization.fp8_base or config.quantization.int8_base
-            resolve_network_module(LYCORIS).check_arguments(linears, *sizes, quantised=quantised, **options)
+    if settings.dim_from_weights and settings.network_dim is not None:
+        logger.warning("--network_dim has no effect: --dim_from_weights takes the ranks of --network_weights")
+    linears = [n.removesuffix(".weight") for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 2]
+    if settings.network_module in BUILT_IN and not settings.dim_from_weights:
+        check_arguments(linears, settings.network_dim, settings.network_alpha, **made_with(config))
+    elif settings.network_module == LYCORIS:
+        reading = layers_read(config, linears)
+        if config.quantization.nf4_base or config.quantization.fp8_base or config.quantization.int8_base:
+            resolve_network_module(LYCORIS).refuse_quantised(reading)
     if settings.base_weights:
         check_editable(checkpoint)
     return weight_edits(open_base_weights(settings.base_weights, settings.base_weights_multiplier), shapes)
+
+
+def layers_read(config: TrainNetworkConfig, linears: Sequence[str]) -> list[str]:
+    """Those of the layers whose base weights the network reads, and so wants dense: LyCORIS's with ``dora_wd``.
+
+    Raises:
+        UserError: options of the network that do not fit the layers.
+    """
+    settings = config.network
+    if settings.network_module != LYCORIS:
+        return []
+    bridge = resolve_network_module(LYCORIS)
+    if settings.dim_from_weights:
+        return bridge.decomposed_in_file(settings.network_weights, linears)
+    return bridge.decomposed_layers(linears, settings.network_dim, settings.network_alpha, made_with(config))
 
 
 def streams_built(config: TrainNetworkConfig) -> Mode:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,12 +20,12 @@ from musubi_tuner.common.progress import progress as progress_bar
 from musubi_tuner.common.progress import restart_clock
 from musubi_tuner.common.seeding import derive_seed, seed_dropout
 from musubi_tuner.dataset.batch import Batch, SampleKey
-from musubi_tuner.dataset.collate import damaged_files
 from musubi_tuner.dataset.loader import BatchLoader
 from musubi_tuner.diffusion.losses import AUDIO_TERMS, LossTerm, total
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 
 from .audio_watch import AudioWatch
+from .culprits import Culprits
 from .distributed import average_gradients
 from .fused_backward import FusedBackward
 from .gradients import NORM, clip_gradients
@@ -76,11 +75,12 @@ class Trainer:
     fused: FusedBackward | None = None  # steps the optimizer within the backward pass; takes no scaler
     _skipped_in_a_row: int = field(init=False, default=0)
     _first_step: int = field(init=False, default=1)
-    _damaged: set[Path] = field(init=False, default_factory=set)
+    _culprits: Culprits = field(init=False)
     _peak: PeakMemory = field(init=False)
 
     def __post_init__(self) -> None:
         self._peak = PeakMemory(self.task.device)
+        self._culprits = Culprits(self.transformer)
 
     def run(self) -> None:
         """Train to the end.
@@ -178,7 +178,7 @@ class Trainer:
         scalars |= {f"loss/{name}": value for name, value in totals.loss_by_range.items()} | norms
         finite = math.isfinite(norm) and math.isfinite(loss)
         if not finite:
-            self._name_damaged(keys)
+            self._culprits.name(self.loader.plan.training_set, keys, loss_is_finite=math.isfinite(loss))
         stepped = self._apply(finite)
         state.global_step += 1
         for action in self.weight_actions if stepped else ():
@@ -266,13 +266,6 @@ class Trainer:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return has_gradients
-
-    def _name_damaged(self, keys: Sequence[SampleKey]) -> None:
-        """Name the cache files that made a step non-finite, each once; every process looks at its own batches."""
-        for path in damaged_files(self.loader.plan.training_set, keys):
-            if path not in self._damaged:
-                self._damaged.add(path)
-                logger.error("%s: holds NaN or infinity, or cannot be read; delete it and cache it again", path)
 
     def _record(self, loss: float) -> float:
         """Mean over the latest loss of each in-epoch step; non-finite losses are left out."""

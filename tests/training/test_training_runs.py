@@ -85,13 +85,35 @@ def test_autoresume_takes_the_latest_state_and_finishes(cached_demo, tmp_path: P
     flags = ("--save_state", "--save_every_n_steps", "2", "--autoresume")
     train(arguments(cached_demo(), tmp_path, *flags, steps=4))
     shutil.rmtree(tmp_path / "x-state")
+    epoch = {4: {"loss/epoch": logged[4]["loss/epoch"]}}
     logged.clear()
     train(arguments(cached_demo(), tmp_path, *flags, steps=4))
-    assert sorted(logged) == [], "the state of step 4 leaves nothing to do"
+    assert logged == epoch, "the state of step 4 leaves nothing to do but what is due after its epoch"
     shutil.rmtree(tmp_path / "x-state")
     shutil.rmtree(tmp_path / "x-step00000004-state")
     train(arguments(cached_demo(), tmp_path, *flags, steps=4))
     assert sorted(logged) == [3, 4]
+
+
+def test_a_run_that_died_before_an_epoch_was_told_of_logs_it_when_resumed(
+    cached_demo, tmp_path: Path, logged, monkeypatch
+):
+    """Epochs of 4 steps; the state of step 4 is saved, and the run dies before the end of the epoch."""
+    flags = ("--save_state", "--save_every_n_steps", "2")
+    train(arguments(cached_demo(), tmp_path / "straight", *flags, steps=6))
+    straight = dict(logged)
+    assert [step for step, values in straight.items() if "loss/epoch" in values] == [4]
+    logged.clear()
+    with monkeypatch.context() as context, pytest.raises(RuntimeError, match="died"):
+        context.setattr("musubi_tuner.training.tracking.ScalarLog.on_epoch_end", die)
+        train(arguments(cached_demo(), tmp_path / "died", *flags, steps=6))
+    assert "loss/epoch" not in logged[4]
+    train(arguments(cached_demo(), tmp_path / "died", *flags, "--autoresume", steps=6))
+    assert logged == straight
+
+
+def die(*_) -> None:
+    raise RuntimeError("died")
 
 
 def test_workers_change_nothing(cached_demo, tmp_path: Path):

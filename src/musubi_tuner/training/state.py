@@ -55,6 +55,19 @@ class Progress:
     audio_supervision: dict[str, int] = field(default_factory=dict)  # batches counted by the supervision monitor
     last_step: dict[str, float] = field(default_factory=dict)  # losses and rate of the latest step, for the sidecar
 
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether an epoch has ended and the next has not begun, so that what is due after an epoch is due here.
+
+        A state that is saved here may be the last thing that its run did, with what was due still ahead.
+        """
+        return self.epoch > 0 and self.batch_in_epoch == 0
+
+    @property
+    def epoch_loss(self) -> float:
+        """Mean over the latest loss of each in-epoch step; 0 before the first."""
+        return sum(self.epoch_losses) / max(1, len(self.epoch_losses))
+
 
 def save_state(
     folder: Path,

@@ -125,7 +125,7 @@ class Validator:
 
     def _is_due_at_epoch(self, progress: Progress) -> bool:
         """Whether an epoch after which to measure has just ended."""
-        return bool(self.every_n_epochs) and progress.batch_in_epoch == 0 and progress.epoch % self.every_n_epochs == 0
+        return bool(self.every_n_epochs) and progress.is_between_epochs and progress.epoch % self.every_n_epochs == 0
 
     def _validate(self, progress: Progress) -> None:
         if progress.global_step == self._last_step:

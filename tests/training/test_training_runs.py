@@ -104,9 +104,10 @@ def test_a_run_that_died_before_an_epoch_was_told_of_logs_it_when_resumed(
     straight = dict(logged)
     assert [step for step, values in straight.items() if "loss/epoch" in values] == [4]
     logged.clear()
-    with monkeypatch.context() as context, pytest.raises(RuntimeError, match="died"):
+    with monkeypatch.context() as context:
         context.setattr("musubi_tuner.training.tracking.ScalarLog.on_epoch_end", die)
-        train(arguments(cached_demo(), tmp_path / "died", *flags, steps=6))
+        with pytest.raises(RuntimeError, match="died"):
+            train(arguments(cached_demo(), tmp_path / "died", *flags, steps=6))
     assert "loss/epoch" not in logged[4]
     train(arguments(cached_demo(), tmp_path / "died", *flags, "--autoresume", steps=6))
     assert logged == straight

@@ -24,7 +24,7 @@ from .optimization import make_optimizer, parameter_names, warn_of_rates, weight
 from .previews import make_decoders, prepare_jobs, wants_previews, warn_of_other_connectors
 from .resume import resume_settings
 from .run_checks import CheckedRun, warn_of_defaults
-from .setup import load_model, loop_settings, run_schedule, streams_built, task_settings
+from .setup import load_model, loop_settings, run_schedule, task_settings
 from .step import TaskSettings
 from .trainer import LoopSettings
 from .validation import wants_validation
@@ -91,7 +91,7 @@ def make_data(checked: CheckedRun) -> RunData:
     validates = wants_validation(config, checked.datasets)
     validation = validation_set(config, checked.datasets, checked.checkpoint) if validates else None
     warn_of_defaults(checked)
-    memory = memory_outlook(config, checked.checkpoint, compute, checked.quantization, loader.plan)
+    memory = memory_outlook(config, checked.base, loader.plan)
     memory.check(ignore=config.memory.ignore_memory_estimate)
     return RunData(loader, schedule, validation, memory)
 
@@ -137,9 +137,7 @@ def make_model(checked: CheckedRun, data: RunData) -> RunModel:
 
 
 def _loaded(checked: CheckedRun, data: RunData, task: TaskSettings) -> tuple[LTX2Transformer, AdapterNetwork]:
-    config, checkpoint = checked.config, checked.checkpoint
+    config = checked.config
     with told_with(data.memory):
-        quantization = calibrated(
-            config, checkpoint, checked.quantization, data.loader.plan, task, streams_built(config), checked.edits
-        )
-        return load_model(config, checkpoint, checked.compute, task.seed, quantization, checked.edits, checked.loftq)
+        base = calibrated(checked.base, config.calibration, config.memory.settings, data.loader.plan, task)
+        return load_model(config, base, task.seed, checked.loftq)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from musubi_tuner.assembly.base import Base
 from musubi_tuner.assembly.quantization import LoftQRequest
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.av import AV
@@ -28,7 +29,6 @@ from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_
 from musubi_tuner.memory.compilation import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import Edits, check_editable, transformer_shapes
-from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.adapter_network import AdapterNetwork
 from musubi_tuner.networks.formats import LoraReader
@@ -112,13 +112,7 @@ def streams_built(config: TrainNetworkConfig) -> Mode:
 
 
 def load_model(
-    config: TrainNetworkConfig,
-    checkpoint: Checkpoint,
-    compute: Compute,
-    seed: int,
-    quantization: Quantization | None,
-    edits: Edits,
-    loftq: LoftQRequest | None = None,
+    config: TrainNetworkConfig, base: Base, seed: int, loftq: LoftQRequest | None = None
 ) -> tuple[LTX2Transformer, AdapterNetwork]:
     settings = config.network
     module = resolve_network_module(settings.network_module)
@@ -130,20 +124,14 @@ def load_model(
         sizes = settings.network_dim, settings.network_alpha
         return module.create_network(1.0, *sizes, transformer, **made_with(config))
 
-    streams = streams_built(config)
-    if streams != config.checkpoint.ltx2_mode:
+    if base.streams != config.checkpoint.ltx2_mode:
         logger.info(
             "mode audio with the whole transformer: modules of the attention between the streams get no gradient, "
             "since there is no video; --ltx2_audio_only_model leaves them out and loads a sixth of the weights"
         )
     torch.manual_seed(derive_seed(seed, "network"))  # the LoRA starts at random values
     transformer, network = assemble_transformer(
-        checkpoint,
-        streams=streams,
-        dtype=compute.dtype,
-        device=compute.device,
-        quantization=quantization,
-        edits=edits,
+        base,
         network=make,
         compilation=config.compilation.settings,
         memory=config.memory.settings,
@@ -152,7 +140,7 @@ def load_model(
     if settings.network_weights is not None and not settings.dim_from_weights:
         network.load_weights(settings.network_weights)
     if config.precision.full_fp16 or config.precision.full_bf16:
-        network.to(dtype=compute.dtype)
+        network.to(dtype=base.dtype)
     network.train()
     return transformer, network
 

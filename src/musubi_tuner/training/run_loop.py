@@ -92,7 +92,7 @@ def _saver(checked: CheckedRun, model: RunModel, facts: RunFacts) -> Saver:
         model.network,
         model.optimizer,
         model.names,
-        model.settings,
+        checked.settings,
         model.scaler,
         model.average,
         make_uploader(checked.config.hub),

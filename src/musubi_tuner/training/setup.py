@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,19 +112,30 @@ def streams_built(config: TrainNetworkConfig) -> Mode:
     return "av" if mode == "audio" and not config.version.ltx2_audio_only_model else mode
 
 
+def make_network(config: TrainNetworkConfig, transformer: LTX2Transformer) -> AdapterNetwork:
+    """The network of a run, with the weights of ``--network_weights``; ``transformer`` may be on the meta device."""
+    settings = config.network
+    module = resolve_network_module(settings.network_module)
+    if settings.dim_from_weights:
+        options = file_options(config)
+        return module.create_network_from_weights(1.0, settings.network_weights, transformer, **options)
+    sizes = settings.network_dim, settings.network_alpha
+    network = module.create_network(1.0, *sizes, transformer, **made_with(config))
+    if settings.network_weights is not None:
+        network.load_weights(settings.network_weights)
+    return network
+
+
+def ready_to_train(config: TrainNetworkConfig, network: AdapterNetwork, dtype: torch.dtype) -> None:
+    """Bring a network into the dtype and mode of training; ``dtype``: what a run computes in."""
+    if config.precision.full_fp16 or config.precision.full_bf16:
+        network.to(dtype=dtype)
+    network.train()
+
+
 def load_model(
     config: TrainNetworkConfig, base: Base, seed: int, loftq: LoftQRequest | None = None
 ) -> tuple[LTX2Transformer, AdapterNetwork]:
-    settings = config.network
-    module = resolve_network_module(settings.network_module)
-
-    def make(transformer: LTX2Transformer) -> AdapterNetwork:
-        if settings.dim_from_weights:
-            options = file_options(config)
-            return module.create_network_from_weights(1.0, settings.network_weights, transformer, **options)
-        sizes = settings.network_dim, settings.network_alpha
-        return module.create_network(1.0, *sizes, transformer, **made_with(config))
-
     if base.streams != config.checkpoint.ltx2_mode:
         logger.info(
             "mode audio with the whole transformer: modules of the attention between the streams get no gradient, "
@@ -132,16 +144,12 @@ def load_model(
     torch.manual_seed(derive_seed(seed, "network"))  # the LoRA starts at random values
     transformer, network = assemble_transformer(
         base,
-        network=make,
+        network=partial(make_network, config),
         compilation=config.compilation.settings,
         memory=config.memory.settings,
         loftq=loftq,
     )
-    if settings.network_weights is not None and not settings.dim_from_weights:
-        network.load_weights(settings.network_weights)
-    if config.precision.full_fp16 or config.precision.full_bf16:
-        network.to(dtype=base.dtype)
-    network.train()
+    ready_to_train(config, network, base.dtype)
     return transformer, network
 
 

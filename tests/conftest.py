@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -86,3 +86,15 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, float]]:
 
     monkeypatch.setattr("musubi_tuner.training.tracking.log_scalars", record)
     return scalars
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """``torch.compile`` without the graphs and limits of other tests."""
+    from torch import _dynamo
+
+    limit = _dynamo.config.recompile_limit
+    _dynamo.reset()
+    yield
+    _dynamo.reset()
+    _dynamo.config.recompile_limit = limit

@@ -7,10 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from musubi_tuner.caching.latent_outputs import LatentRecipe
 from musubi_tuner.dataset.buckets import audio_latent_length
+from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.models.text_encoder import PromptEmbeds
 
 CHANNELS, TOKENS, VIDEO_WIDTH, AUDIO_WIDTH = 4, 8, 5, 3
+RECIPE = LatentRecipe(
+    "av",
+    EncoderRecord("video id"),
+    EncoderRecord("audio id"),
+    torch.float32,
+    torch.float32,
+    placeholder_channels=CHANNELS,
+)
 
 
 class FakeVideoVAE:

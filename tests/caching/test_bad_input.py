@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from fake_encoders import CHANNELS, FakeAudioVAE, FakeTextEncoder, FakeVideoVAE
+from fake_encoders import RECIPE, FakeAudioVAE, FakeTextEncoder, FakeVideoVAE
 from media_files import tone, write_sound, write_video
 from PIL import Image
 
@@ -28,9 +27,6 @@ from musubi_tuner.dataset.sources import stray_captions
 from musubi_tuner.ltx2_cache_latents import main as latents_script
 from musubi_tuner.ltx2_cache_text_encoder_outputs import main as text_script
 
-RECIPE = LatentRecipe(
-    "av", EncoderRecord("v"), EncoderRecord("a"), torch.float32, torch.float32, placeholder_channels=CHANNELS
-)
 TEXT = TextRecipe("av", EncoderRecord("connectors"), "gemma")
 PLAIN = RunOptions(workers=2)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_encoders import CHANNELS, FakeAudioVAE, FakeVideoVAE
+from fake_encoders import CHANNELS, RECIPE, FakeAudioVAE, FakeVideoVAE
 from media_files import tone, write_sound, write_video
 from PIL import Image
 
@@ -22,8 +22,6 @@ from musubi_tuner.dataset.clip_sound import AudioSource
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
 
-VIDEO_VAE, AUDIO_VAE = EncoderRecord("video id"), EncoderRecord("audio id")
-RECIPE = LatentRecipe("av", VIDEO_VAE, AUDIO_VAE, torch.float32, torch.float32, placeholder_channels=CHANNELS)
 PLAIN = RunOptions(workers=2)
 SKIP = RunOptions(skip_existing=True, workers=2)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_encoders import CHANNELS, FakeAudioVAE, FakeTextEncoder, FakeVideoVAE
+from fake_encoders import RECIPE, FakeAudioVAE, FakeTextEncoder, FakeVideoVAE
 from media_files import index_frame, tone, write_sound, write_video
 from PIL import Image
 
@@ -21,14 +21,6 @@ from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
 
-RECIPE = LatentRecipe(
-    "av",
-    EncoderRecord("video id"),
-    EncoderRecord("audio id"),
-    video_dtype=torch.float32,
-    audio_dtype=torch.float32,
-    placeholder_channels=CHANNELS,
-)
 TEXT = TextRecipe("av", EncoderRecord("connectors id"), "gemma id")
 PLAIN = RunOptions(workers=2)
 SKIP = RunOptions(skip_existing=True, workers=2)

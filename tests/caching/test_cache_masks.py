@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_encoders import CHANNELS, FakeAudioVAE, FakeVideoVAE
+from fake_encoders import RECIPE, FakeAudioVAE, FakeVideoVAE
 from media_files import tone, write_sound, write_video
 from PIL import Image
 
@@ -19,17 +19,8 @@ from musubi_tuner.common.safetensors_io import SafetensorsFile
 from musubi_tuner.dataset.cache import read_mask_header, write_audio, write_mask
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.intervals import interval_mask, read_intervals
-from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.masks import pool_cells, pool_frames
 
-RECIPE = LatentRecipe(
-    "av",
-    EncoderRecord("video id"),
-    EncoderRecord("audio id"),
-    torch.float32,
-    torch.float32,
-    placeholder_channels=CHANNELS,
-)
 PLAIN = RunOptions(workers=1)
 SKIP = RunOptions(skip_existing=True, workers=1)
 SIZE = (128, 64)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fake_encoders import CHANNELS, FakeAudioVAE, FakeVideoVAE
+from fake_encoders import RECIPE as AV
 from media_files import index_frame, read_index, tone, write_sound, write_video
 from PIL import Image
 
@@ -22,9 +23,7 @@ from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.items import EncoderRecord
 from musubi_tuner.dataset.references import read_reference
 
-VIDEO_VAE, AUDIO_VAE = EncoderRecord("video id"), EncoderRecord("audio id")
-RECIPE = LatentRecipe("video", VIDEO_VAE, None, torch.float32, torch.float32, placeholder_channels=CHANNELS)
-AV = replace(RECIPE, mode="av", audio_vae=AUDIO_VAE)
+RECIPE = replace(AV, mode="video", audio_vae=None)
 PLAIN = RunOptions(workers=2)
 SKIP = RunOptions(skip_existing=True, workers=2)
 

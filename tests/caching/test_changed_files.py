@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_encoders import CHANNELS, FakeAudioVAE, FakeVideoVAE
+from fake_encoders import RECIPE, FakeAudioVAE, FakeVideoVAE
 from media_files import tone, write_sound, write_video
 from PIL import Image
 
-from musubi_tuner.caching.latent_outputs import LatentRecipe
 from musubi_tuner.caching.latents import cache_latents
 from musubi_tuner.caching.pipeline import RunOptions, Summary, prepare_directories
 from musubi_tuner.common.av import AV
@@ -22,16 +21,8 @@ from musubi_tuner.dataset.cache import write_text
 from musubi_tuner.dataset.discovery import discover
 from musubi_tuner.dataset.entries import DatasetConfig, DatasetEntry
 from musubi_tuner.dataset.fingerprint import EncoderIds, RepairCommands, check_caches
-from musubi_tuner.dataset.items import EncoderRecord, TrainingSet
+from musubi_tuner.dataset.items import TrainingSet
 
-RECIPE = LatentRecipe(
-    "av",
-    EncoderRecord("video id"),
-    EncoderRecord("audio id"),
-    torch.float32,
-    torch.float32,
-    placeholder_channels=CHANNELS,
-)
 COMMANDS = RepairCommands(Path("data.toml"), Path("ltx2.safetensors"), "av")
 
 

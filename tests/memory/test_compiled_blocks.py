@@ -16,16 +16,8 @@ from musubi_tuner.ltx2_generate_video import main as generate
 from musubi_tuner.networks.lora_ltx2 import create_network
 from musubi_tuner.quantization.packed import Fp8, Nf4
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SWAPPED = MemorySettings(blocks_to_swap=3)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = limit
 
 
 def _as_it_is(model) -> None:

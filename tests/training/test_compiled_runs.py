@@ -12,16 +12,8 @@ from musubi_tuner.config.memory import CompileConfig, CompileSettings
 from musubi_tuner.ltx2_train_network import main as train
 from musubi_tuner.memory.compilation import compile_blocks
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 COMPILE = ("--compile", "--compile_backend", "eager", "--compile_fullgraph")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = limit
 
 
 def run(assets, output: Path, *flags: str) -> dict[str, torch.Tensor]:

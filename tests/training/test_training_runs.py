@@ -85,13 +85,36 @@ def test_autoresume_takes_the_latest_state_and_finishes(cached_demo, tmp_path: P
     flags = ("--save_state", "--save_every_n_steps", "2", "--autoresume")
     train(arguments(cached_demo(), tmp_path, *flags, steps=4))
     shutil.rmtree(tmp_path / "x-state")
+    epoch = {4: {"loss/epoch": logged[4]["loss/epoch"]}}
     logged.clear()
     train(arguments(cached_demo(), tmp_path, *flags, steps=4))
-    assert sorted(logged) == [], "the state of step 4 leaves nothing to do"
+    assert logged == epoch, "the state of step 4 leaves nothing to do but what is due after its epoch"
     shutil.rmtree(tmp_path / "x-state")
     shutil.rmtree(tmp_path / "x-step00000004-state")
     train(arguments(cached_demo(), tmp_path, *flags, steps=4))
     assert sorted(logged) == [3, 4]
+
+
+def test_a_run_that_died_before_an_epoch_was_told_of_logs_it_when_resumed(
+    cached_demo, tmp_path: Path, logged, monkeypatch
+):
+    """Epochs of 4 steps; the state of step 4 is saved, and the run dies before the end of the epoch."""
+    flags = ("--save_state", "--save_every_n_steps", "2")
+    train(arguments(cached_demo(), tmp_path / "straight", *flags, steps=6))
+    straight = dict(logged)
+    assert [step for step, values in straight.items() if "loss/epoch" in values] == [4]
+    logged.clear()
+    with monkeypatch.context() as context:
+        context.setattr("musubi_tuner.training.tracking.ScalarLog.on_epoch_end", die)
+        with pytest.raises(RuntimeError, match="died"):
+            train(arguments(cached_demo(), tmp_path / "died", *flags, steps=6))
+    assert "loss/epoch" not in logged[4]
+    train(arguments(cached_demo(), tmp_path / "died", *flags, "--autoresume", steps=6))
+    assert logged == straight
+
+
+def die(*_, **__) -> None:
+    raise RuntimeError("died")
 
 
 def test_workers_change_nothing(cached_demo, tmp_path: Path):
@@ -249,14 +272,42 @@ def test_a_truncated_checkpoint(cached_demo, tmp_path: Path, capsys):
     assert "cut.safetensors" in refused(argv, capsys)
 
 
-def test_resuming_with_other_settings_is_refused(cached_demo, tmp_path: Path, capsys):
-    assets = cached_demo()
-    train(arguments(assets, tmp_path, "--save_state"))
-    state = str(tmp_path / "x-state")
-    message = refused(arguments(assets, tmp_path, "--resume", state, "--gradient_accumulation_steps", "2"), capsys)
-    assert "gradient_accumulation_steps 1 (now 2)" in message
-    message = refused(arguments(assets, tmp_path, "--resume", state, "--lora_target_preset", "audio"), capsys)
-    assert "network flags" in message
+OTHERWISE = {
+    "accumulation": (("--gradient_accumulation_steps", "2"), "gradient_accumulation_steps 1 (now 2)"),
+    "optimizer": (("--optimizer_type", "Lion"), "optimizer_type torch.optim.adamw.AdamW (now pytorch_optimizer"),
+    "targets": (("--lora_target_preset", "audio"), "use the same network flags"),
+    "rank": (("--network_dim", "5"), "its network differs from this run's in"),
+    "alpha": (("--network_alpha", "2"), ".alpha; use the same network flags (--network_dim, --network_alpha"),
+    "dtype": (("--mixed_precision", "bf16", "--full_bf16"), "--full_fp16, --full_bf16"),
+    "algorithm": (("--network_args", "use_dora=True"), "dora_scale; use the same network flags"),
+    "network": (("--network_module", "lycoris.kohya", "--network_args", "algo=loha"), "network_module networks.lora"),
+    "groups": (("--audio_lr", "1e-5"), "but this run "),
+}
+
+
+@pytest.mark.parametrize(("flags", "expected"), OTHERWISE.values(), ids=OTHERWISE)
+def test_resuming_otherwise_is_refused_before_the_model_is_opened(
+    saved_state: Path, cached_demo, tmp_path: Path, capsys, monkeypatch, flags: tuple[str, ...], expected: str
+):
+    monkeypatch.setattr("musubi_tuner.assembly.transformer.load_transformer", die)
+    message = refused(arguments(cached_demo(), tmp_path, "--resume", str(saved_state), *flags), capsys)
+    assert expected in message
+    assert str(saved_state) in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_resuming_alike_comes_to_the_model(saved_state: Path, cached_demo, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("musubi_tuner.assembly.transformer.load_transformer", die)
+    with pytest.raises(RuntimeError, match="died"):
+        train(arguments(cached_demo(), tmp_path, "--resume", str(saved_state)))
+
+
+@pytest.fixture(scope="module")
+def saved_state(cached_demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state of a short run without further flags. Read only."""
+    folder = tmp_path_factory.mktemp("saved")
+    train(arguments(cached_demo(), folder, "--save_state", steps=1))
+    return folder / "x-state"
 
 
 def test_a_bad_prompt_file_is_said_before_the_model_loads(cached_demo, tmp_path: Path, capsys):

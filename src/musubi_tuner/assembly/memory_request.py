@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
 from musubi_tuner.common.safetensors_io import TensorInfo
 from musubi_tuner.memory.activations import Adapted, layer_sizes
 from musubi_tuner.memory.estimate import Weights
-from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.config import Mode, TransformerConfig
 from musubi_tuner.models.ltx2.keys import in_mode, transformer_keys
 from musubi_tuner.models.ltx2.quantize import Quantization, is_target, stored_transformer
 from musubi_tuner.quantization.packed import packed_bytes
 from musubi_tuner.quantization.stored import Stored
 
+from .base import Base
+
 _BLOCKS = "transformer_blocks."
 _FP32 = 4
 
 
-def checkpoint_weights(
-    checkpoint: Checkpoint, mode: Mode, dtype: torch.dtype, quantization: Quantization | None
-) -> Weights:
+def base_weights(base: Base) -> Weights:
     """Bytes of a checkpoint's transformer as :func:`load_transformer` holds it."""
-    infos = {name: checkpoint.tensors[key] for name, key in transformer_keys(checkpoint.tensors).items()}
-    return weights_of(infos, stored_transformer(checkpoint), mode, dtype, quantization)
+    tensors = base.checkpoint.tensors
+    infos = {name: tensors[key] for name, key in transformer_keys(tensors).items()}
+    return weights_of(infos, stored_transformer(base.checkpoint), base.streams, base.dtype, base.quantization)
 
 
 def weights_of(
@@ -68,19 +69,21 @@ def _held(
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def possible_bases(
-    checkpoint: Checkpoint, mode: Mode, dtype: torch.dtype, quantization: Quantization | None
-) -> dict[str, tuple[Weights, tuple[str, ...]]]:
+def possible_bases(base: Base) -> dict[str, tuple[Weights, tuple[str, ...]]]:
     """Ways to hold the base weights that take no more than the run's own: weights, and the flags to add."""
-    stored = stored_transformer(checkpoint)
+
+    def held(quantization: Quantization) -> Weights:
+        return base_weights(replace(base, quantization=quantization))
+
+    stored, quantization = stored_transformer(base.checkpoint), base.quantization
     own = "dense" if quantization is None else quantization.kind
-    found = {own: (checkpoint_weights(checkpoint, mode, dtype, quantization), ())}
+    found = {own: (base_weights(base), ())}
     if own == "dense" and stored.kind != "nf4":
         request = Quantization("fp8", requantise=stored.kind == "dense")
         flags = ("--fp8_base --fp8_scaled",) if request.requantise else ("--fp8_base",)
-        found["fp8"] = checkpoint_weights(checkpoint, mode, dtype, request), flags
+        found["fp8"] = held(request), flags
     if own != "nf4" and stored.kind == "dense":
-        found["nf4"] = checkpoint_weights(checkpoint, mode, dtype, Quantization("nf4")), _instead_of(quantization)
+        found["nf4"] = held(Quantization("nf4")), _instead_of(quantization)
     return found
 
 
@@ -92,9 +95,9 @@ def _instead_of(quantization: Quantization | None) -> tuple[str, ...]:
     return (*(f"--no-{name}" for name, asked in given.items() if asked), "--nf4_base")
 
 
-def layer_names(checkpoint: Checkpoint, mode: Mode) -> list[str]:
-    """Dotted paths of the linear layers in the blocks of a transformer built for ``mode``."""
-    return linear_layers(transformer_keys(checkpoint.tensors), mode)
+def layer_names(base: Base) -> list[str]:
+    """Dotted paths of the linear layers in the blocks of the transformer that is built."""
+    return linear_layers(transformer_keys(base.checkpoint.tensors), base.streams)
 
 
 def linear_layers(names: Iterable[str], mode: Mode) -> list[str]:

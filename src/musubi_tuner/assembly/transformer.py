@@ -24,13 +24,14 @@ from musubi_tuner.memory.compilation import compile_blocks
 from musubi_tuner.memory.transfer import PinnedBudget, make_transfer
 from musubi_tuner.models.attention_backends import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
-from musubi_tuner.models.ltx2.load import Edits, build_transformer, load_transformer, transformer_config
-from musubi_tuner.models.ltx2.quantize import Quantization, quantize_plainly
+from musubi_tuner.models.ltx2.load import build_transformer, load_transformer, transformer_config
+from musubi_tuner.models.ltx2.quantize import quantize_plainly
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.adapter_network import AdapterNetwork
 from musubi_tuner.quantization.fp8_products import Fp8Products
 from musubi_tuner.quantization.linear import use_products
 
+from .base import Base
 from .quantization import LoftQRequest, LoftQStart
 
 logger = logging.getLogger(__name__)
@@ -69,13 +70,8 @@ def check_memory(settings: MemorySettings, checkpoint: Checkpoint, *, device: to
 
 
 def assemble_transformer(
-    checkpoint: Checkpoint,
+    base: Base,
     *,
-    streams: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: Quantization | None = None,
-    edits: Edits | None = None,
     network: NetworkFactory | None = None,
     compilation: CompileSettings | None = None,
     memory: MemorySettings = _PLAIN,
@@ -83,37 +79,34 @@ def assemble_transformer(
 ) -> tuple[LTX2Transformer, AdapterNetwork | None]:
     """Load the frozen transformer and attach what training asked for.
 
-    ``streams`` is ``video``, ``av`` or ``audio``: which modules are built. ``quantization``: how the
-    weights of its blocks are held, ``None`` for dense. ``edits`` change weights while they are loaded.
-    ``network`` makes the network for the
-    loaded transformer; it is applied here. ``compilation``: how the blocks are compiled, ``None`` for not at all.
-    ``loftq``: how the network starts, ``None`` for as it is made.
+    ``network`` makes the network for the loaded transformer; it is applied here. ``compilation``: how the blocks are
+    compiled, ``None`` for not at all. ``loftq``: how the network starts, ``None`` for as it is made.
     """
-    config = transformer_config(checkpoint)
+    config = transformer_config(base.checkpoint)
     adapter = start = None
     if network is not None and loftq is not None:
-        adapter = network(build_transformer(config, streams))  # names and sizes are all that it reads
-        start = LoftQStart(loftq, adapter, checkpoint)
+        adapter = network(build_transformer(config, base.streams))  # names and sizes are all that it reads
+        start = LoftQStart(loftq, adapter, base.checkpoint)
     transformer = load_transformer(
-        checkpoint,
-        mode=streams,
-        dtype=dtype,
-        device=device,
-        quantization=quantization,
+        base.checkpoint,
+        mode=base.streams,
+        dtype=base.dtype,
+        device=base.device,
+        quantization=base.quantization,
         host_blocks=swapped_positions(config.num_layers, memory.blocks_to_swap),
         quantize=quantize_plainly if start is None else start.quantize,
-        edits=edits,
+        edits=base.edits,
     )
     if start is not None:
         start.report()
-    if quantization is not None and quantization.products is not None:
-        _use_products(transformer, quantization.products)
+    if base.quantization is not None and base.quantization.products is not None:
+        _use_products(transformer, base.quantization.products)
     if network is not None:
         adapter = adapter or network(transformer)
-        adapter.to(device)  # first: what it computes of the base weights (DoRA), it computes there
+        adapter.to(base.device)  # first: what it computes of the base weights (DoRA), it computes there
         adapter.apply_to(transformer)
     attach_to_blocks(
-        transformer, memory, compilation, device=device, draws=adapter is not None and adapter.draws_random
+        transformer, memory, compilation, device=base.device, draws=adapter is not None and adapter.draws_random
     )
     return transformer, adapter
 

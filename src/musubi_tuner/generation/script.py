@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from musubi_tuner.assembly.base import Base
 from musubi_tuner.assembly.quantization import quantization_settings
 from musubi_tuner.assembly.transformer import assemble_transformer, check_memory
 from musubi_tuner.common.devices import choose_device
@@ -96,11 +97,7 @@ def generate(config: GenerateVideoConfig) -> int:
     )
     encoded = _encoded(config, checkpoint, prompts, device=device, dtype=dtype)
     transformer, _ = assemble_transformer(
-        checkpoint,
-        streams=settings.generated,
-        dtype=dtype,
-        device=device,
-        quantization=quantization,
+        Base(checkpoint, settings.generated, dtype, device, quantization),
         compilation=config.compilation.settings,
         memory=config.memory.settings,
     )

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+START_BUFFERS = ("start_down", "start_up")
+"""Where training starts, if that counts as part of the base: made with its weights, and so absent before."""
+
 
 class Switch:
     """Shared by all modules of a network: whether their deltas are added at all, and whether with a strength of one.

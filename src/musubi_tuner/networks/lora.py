@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attached import AttachedLinear, Switch
+from .attached import START_BUFFERS, AttachedLinear, Switch
 from .lora_product import Member, dense_products
 
 
@@ -56,9 +56,8 @@ class LoRALinear(AttachedLinear):
         self.register_buffer("alpha", torch.tensor(self.alpha_value))
         # A tensor, so that changing the multiplier does not recompile a compiled block.
         self.register_buffer("scale", torch.tensor(self.alpha_value / rank), persistent=False)
-        # Where training starts, if that counts as part of the base: see start_from.
-        self.register_buffer("start_down", None)
-        self.register_buffer("start_up", None)
+        for name in START_BUFFERS:  # see start_from
+            self.register_buffer(name, None)
         self.register_buffer("start_scale", torch.zeros(()), persistent=False)
 
     # --- attaching ---

@@ -10,15 +10,13 @@ from dataclasses import replace
 
 import torch
 
+from musubi_tuner.assembly.base import Base
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
-from musubi_tuner.config.training import TrainNetworkConfig
+from musubi_tuner.config.memory import CalibrationConfig, MemorySettings
 from musubi_tuner.dataset.collate import load_batch
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
-from musubi_tuner.models.checkpoint import Checkpoint
-from musubi_tuner.models.ltx2.load import Edits
-from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.quantization.awq import InputMagnitudes
 
@@ -28,15 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 def calibrated(
-    config: TrainNetworkConfig,
-    checkpoint: Checkpoint,
-    quantization: Quantization | None,
-    plan: BatchPlan,
-    task: TaskSettings,
-    streams: str,
-    edits: Edits,
-) -> Quantization | None:
-    """``quantization`` with what ``--awq_calibration`` measures, or as it is without the flag.
+    base: Base, settings: CalibrationConfig, memory: MemorySettings, plan: BatchPlan, task: TaskSettings
+) -> Base:
+    """``base`` with what ``--awq_calibration`` measures, or as it is without the flag.
 
     The base is loaded in plain NF4 for it and freed again, so that nothing of it needs more memory than training. The
     batches and their noise are the first ones of the training, so a resumed run measures the same.
@@ -44,28 +36,19 @@ def calibrated(
     Raises:
         UserError: no quantised layer had an input.
     """
-    if quantization is None or not quantization.calibrate:
-        return quantization
-    settings = config.calibration
+    if base.quantization is None or not base.quantization.calibrate:
+        return base
     logger.info("AWQ: measuring inputs on %d batches; the transformer is loaded twice", settings.awq_num_batches)
-    transformer, _ = assemble_transformer(
-        checkpoint,
-        streams=streams,
-        dtype=task.dtype,
-        device=task.device,
-        quantization=quantization,
-        edits=edits,
-        memory=replace(config.memory.settings, checkpointing=False, offload_inputs=False),
-    )
+    transformer, _ = assemble_transformer(base, memory=replace(memory, checkpointing=False, offload_inputs=False))
     found = measure(transformer, plan, task, settings.awq_num_batches)
     del transformer
     gc.collect()
-    if task.device.type == "cuda":
+    if base.device.type == "cuda":
         torch.cuda.empty_cache()
     if not found:
         raise UserError("--awq_calibration: no quantised layer had an input in the batches; leave it out")
     logger.info("AWQ: %d weights get scaled columns", len(found))
-    return replace(quantization, magnitudes=found, strength=settings.awq_alpha)
+    return replace(base, quantization=replace(base.quantization, magnitudes=found, strength=settings.awq_alpha))
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from musubi_tuner.assembly.base import Base
 from musubi_tuner.assembly.memory_request import (
+    base_weights,
     by_block,
-    checkpoint_weights,
     layer_names,
     lora_layers,
     possible_bases,
@@ -33,18 +34,16 @@ from musubi_tuner.memory.proposals import Limits, Proposal, propose, smallest
 from musubi_tuner.models.checkpoint import Checkpoint, Component
 from musubi_tuner.models.ltx2.config import Mode, TransformerConfig
 from musubi_tuner.models.ltx2.load import transformer_config
-from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
 from musubi_tuner.networks.lora_reader import LoraReader
 from musubi_tuner.networks.network_args import parse_network_args
 from musubi_tuner.networks.resolve import resolve_network_module
 
-from .compute import Compute
 from .fused_backward import PARTS
 from .optimizers import optimizer_class, parse_key_values
 from .outlook import batch_size
 from .previews import wants_previews
-from .setup import layers_read, made_with, network_options, streams_built
+from .setup import layers_read, made_with, network_options
 
 logger = logging.getLogger(__name__)
 
@@ -151,32 +150,26 @@ def told_with(outlook: MemoryOutlook) -> Iterator[None]:
         ) from None
 
 
-def memory_outlook(
-    config: TrainNetworkConfig,
-    checkpoint: Checkpoint,
-    compute: Compute,
-    quantization: Quantization | None,
-    plan: BatchPlan,
-) -> MemoryOutlook:
+def memory_outlook(config: TrainNetworkConfig, base: Base, plan: BatchPlan) -> MemoryOutlook:
     """Estimate a run from headers and flags."""
-    streams, model = streams_built(config), transformer_config(checkpoint)
-    on_gpu = compute.device.type == "cuda"
+    model, names = transformer_config(base.checkpoint), layer_names(base)
+    on_gpu = base.device.type == "cuda"
     halved = config.precision.full_fp16 or config.precision.full_bf16
-    numbers = Numbers(compute.dtype.itemsize, compute.dtype.itemsize if halved else 4, fused_norms=on_gpu)
+    numbers = Numbers(base.dtype.itemsize, base.dtype.itemsize if halved else 4, fused_norms=on_gpu)
     request = Request(
         config=model,
-        weights=checkpoint_weights(checkpoint, streams, compute.dtype, quantization),
-        trained=_trained(config, layer_names(checkpoint, streams), model, numbers),
+        weights=base_weights(base),
+        trained=_trained(config, names, model, numbers),
         batch=_largest_batch(config, plan, model),
         numbers=numbers,
         settings=config.memory.settings,
-        decoders=_decoder_bytes(config, checkpoint),
+        decoders=_decoder_bytes(config, base.checkpoint),
         on_gpu=on_gpu,
     )
-    bases = possible_bases(checkpoint, streams, compute.dtype, quantization)
-    if layers_read(config, layer_names(checkpoint, streams)):
+    bases = possible_bases(base)
+    if layers_read(config, names):
         bases = {name: base for name, base in bases.items() if name == "dense"}
-    return MemoryOutlook(request, estimate(request), _limits(config, compute.device), bases, compute.device)
+    return MemoryOutlook(request, estimate(request), _limits(config, base.device), bases, base.device)
 
 
 def _adapted(config: TrainNetworkConfig, names: list[str], model: TransformerConfig) -> dict[str, Adapted]:

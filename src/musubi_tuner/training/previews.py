@@ -91,7 +91,7 @@ class Previewer:
         """
         if self._due_after_step(progress.global_step):
             self._render_missing(progress, position=progress.global_step, epoch_end=False)
-        if progress.epoch > 0 and progress.batch_in_epoch == 0 and self._due_after_epoch(progress.epoch):
+        if progress.is_between_epochs and self._due_after_epoch(progress.epoch):
             self._render_missing(progress, position=progress.epoch, epoch_end=True)
 
     def _render_missing(self, progress: Progress, *, position: int, epoch_end: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,20 @@ from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.hub import hub_folder
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.networks.adapter_network import AdapterNetwork
+from musubi_tuner.networks.attached import START_BUFFERS
 
 from .hub import download_state
 from .optimizers import optimizer_class
-from .state import Progress, find_latest_state, load_average, read_progress, restore_network, restore_optimizer
-from .trainer import LoopSettings
+from .state import (
+    Progress,
+    check_network,
+    check_optimizer,
+    find_latest_state,
+    load_average,
+    read_progress,
+    restore_network,
+    restore_optimizer,
+)
 from .weights import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -32,25 +42,32 @@ class Resumed:
     settings: dict[str, Any]
     optimizer: dict[str, Any]
 
-    def restore(
-        self,
-        network: AdapterNetwork,
-        optimizer: torch.optim.Optimizer,
-        names: list[str],
-        settings: dict[str, Any],
-        average: WeightAverage | None = None,
-    ) -> None:
-        """Put weights, optimizer and running average back.
-
-        Raises:
-            UserError: the state was made with settings that differ where they must not.
-        """
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raise UserError where the state was made with settings that differ where they must not."""
         different = [f"{k} {self.settings.get(k)} (now {v})" for k, v in settings.items() if self.settings.get(k) != v]
         if different:
             raise UserError(
                 f"{self.folder}: was saved with {'; '.join(different)}; resume with the same values, or start a new "
                 "run from the LoRA with --network_weights"
             )
+
+    def check_parts(self, network: AdapterNetwork, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
+        """Raise UserError where the state is of another network or optimizer, made before the base is loaded."""
+        check_network(self.folder, network, later=START_BUFFERS)
+        check_optimizer(self.folder, self.optimizer, optimizer, names)
+
+    def restore(
+        self,
+        network: AdapterNetwork,
+        optimizer: torch.optim.Optimizer,
+        names: list[str],
+        average: WeightAverage | None = None,
+    ) -> None:
+        """Put weights, optimizer and running average back.
+
+        Raises:
+            UserError: a file cannot be read, or is of another network or optimizer.
+        """
         restore_network(self.folder, network)
         restore_optimizer(self.folder, self.optimizer, optimizer, names)
         self._restore_average(network, average)
@@ -90,16 +107,16 @@ def _base_weights(config: TrainNetworkConfig) -> list[Any] | None:
     )
 
 
-def resume_settings(config: TrainNetworkConfig, loop: LoopSettings) -> dict[str, Any]:
+def resume_settings(config: TrainNetworkConfig, num_processes: int) -> dict[str, Any]:
     """What must not change between saving and resuming."""
     optimizer = optimizer_class(config.optimizer.optimizer_type)
     return {
         "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint.name,
         "ltx2_mode": config.checkpoint.ltx2_mode,
         "optimizer_type": f"{optimizer.__module__}.{optimizer.__qualname__}",  # however the flag spells it
-        "gradient_accumulation_steps": loop.accumulation,
+        "gradient_accumulation_steps": config.optimizer.gradient_accumulation_steps,
         "network_module": config.network.network_module,
-        "processes": loop.world_size,
+        "processes": num_processes,
         "base_weights": _base_weights(config),
         **_base(config),
     }

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import dataclass, replace
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from musubi_tuner.assembly.base import Base
 from musubi_tuner.assembly.quantization import LoftQRequest, loftq_request, quantization_settings
 from musubi_tuner.assembly.transformer import check_memory
 from musubi_tuner.common.errors import ConfigErrors
+from musubi_tuner.common.log import quiet
 from musubi_tuner.config.network import LYCORIS
 from musubi_tuner.config.notices import without_effect
 from musubi_tuner.config.references import resolve_strategy
@@ -18,16 +21,16 @@ from musubi_tuner.config.rules_training import mode_fits
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.models.checkpoint import Checkpoint
-from musubi_tuner.models.ltx2.load import Edits
-from musubi_tuner.models.ltx2.quantize import Quantization, check_quantization
+from musubi_tuner.models.ltx2.load import build_transformer, transformer_config
+from musubi_tuner.models.ltx2.quantize import check_quantization
 
 from .compute import Compute, make_compute
 from .data import read_datasets
-from .optimization import check_fused_backward
+from .optimization import check_fused_backward, make_optimizer, parameter_names
 from .previews import wants_previews
 from .references import check_references
-from .resume import Resumed, find_resumed
-from .setup import check_choices, check_model
+from .resume import Resumed, find_resumed, resume_settings
+from .setup import check_choices, check_model, make_network, ready_to_train, streams_built
 from .state import Progress
 from .version import resolve_version
 
@@ -40,15 +43,18 @@ class CheckedRun:
 
     config: TrainNetworkConfig  # with what flags and datasets imply filled in
     explicit: frozenset[str]  # flags that were given
-    checkpoint: Checkpoint
+    base: Base
     version: str
     datasets: DatasetConfig
     compute: Compute
-    quantization: Quantization | None
-    edits: Edits  # of --base_weights
     loftq: LoftQRequest | None
     resumed: Resumed | None
+    settings: dict[str, Any]  # what must not change when the run is resumed
     progress: Progress  # where the run starts; the loop moves it
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.base.checkpoint
 
 
 def check_run(config: TrainNetworkConfig, explicit: frozenset[str]) -> CheckedRun:
@@ -68,18 +74,21 @@ def check_run(config: TrainNetworkConfig, explicit: frozenset[str]) -> CheckedRu
     check_references(config, datasets)
     resumed = find_resumed(config)
     compute = make_compute(config)
-    quantization, edits, loftq = _checked_base(config, explicit, checkpoint, compute)
+    base, loftq = _checked_base(config, explicit, checkpoint, compute)
+    settings = resume_settings(config, compute.accelerator.num_processes)
+    if resumed is not None:
+        resumed.check_settings(settings)
+        _check_resumed(resumed, config, base)
     return CheckedRun(
         config=config,
         explicit=explicit,
-        checkpoint=checkpoint,
+        base=base,
         version=version,
         datasets=datasets,
         compute=compute,
-        quantization=quantization,
-        edits=edits,
         loftq=loftq,
         resumed=resumed,
+        settings=settings,
         progress=resumed.progress if resumed else Progress(seed=_seed(config)),
     )
 
@@ -103,7 +112,7 @@ def warn_of_defaults(checked: CheckedRun) -> None:
 
 def _checked_base(
     config: TrainNetworkConfig, explicit: frozenset[str], checkpoint: Checkpoint, compute: Compute
-) -> tuple[Quantization | None, Edits, LoftQRequest | None]:
+) -> tuple[Base, LoftQRequest | None]:
     """How the base weights are to be held."""
     world_size = compute.accelerator.num_processes
     check_fused_backward(config.optimizer, compute.mixed_precision, world_size, compute.device)
@@ -114,7 +123,21 @@ def _checked_base(
         config.calibration, config.network.network_dim, checkpoint, iterations_given="loftq_iters" in explicit
     )
     check_memory(config.memory.settings, checkpoint, device=compute.device, dtype=compute.dtype)
-    return quantization, edits, loftq
+    base = Base(checkpoint, streams_built(config), compute.dtype, compute.device, quantization, edits)
+    return base, loftq
+
+
+def _check_resumed(resumed: Resumed, config: TrainNetworkConfig, base: Base) -> None:
+    """Hold a state against the network and optimizer of the run, made for a transformer that is not loaded.
+
+    Raises:
+        UserError: it is of another network or optimizer.
+    """
+    with quiet("musubi_tuner.networks"):  # what is to be said of the network is said when it is made to be trained
+        network = make_network(config, build_transformer(transformer_config(base.checkpoint), base.streams))
+    ready_to_train(config, network, base.dtype)
+    optimizer = make_optimizer(config, network)
+    resumed.check_parts(network, optimizer, parameter_names(network, optimizer))
 
 
 def _seed(config: TrainNetworkConfig) -> int:

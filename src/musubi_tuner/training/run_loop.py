@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .compute import Compute
 from .hub import make_uploader
 from .memory_outlook import told_with
 from .metadata import RunFacts
@@ -18,7 +17,7 @@ from .saving import Saver
 from .setup import audio_watch
 from .tracking import CudaMemoryLog, ScalarLog, Tracking, start_trackers
 from .trainer import Trainer
-from .validation import Validator, make_validator
+from .validation import Validator
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ class Listeners:
 def make_listeners(
     checked: CheckedRun, data: RunData, model: RunModel, previews: PreviewParts, facts: RunFacts
 ) -> Listeners:
-    config, compute = checked.config, checked.compute
-    tracking = Tracking(compute.accelerator)
+    accelerator = checked.compute.accelerator
+    tracking = Tracking(accelerator)
     return Listeners(
-        logs=_logs(config.tracking.log_cuda_memory_every_n_steps, tracking, compute),
-        saver=_saver(checked, model, facts) if compute.accelerator.is_main_process else None,
+        logs=_logs(checked, tracking),
+        saver=_saver(checked, model, facts) if accelerator.is_main_process else None,
         previewer=_previewer(checked, model, previews, tracking),
         validator=_validator(checked, data, model, tracking),
     )
@@ -56,8 +55,8 @@ def run_loop(checked: CheckedRun, data: RunData, model: RunModel, listeners: Lis
         UserError: memory does not suffice, or what is trained stays non-finite.
     """
     config, accelerator = checked.config, checked.compute.accelerator
-    norm_groups = by_stream(model.names, model.parameters)
     start_trackers(accelerator, config)
+    norm_groups = by_stream(model.names, model.parameters)
     trainer = Trainer(
         model.transformer,
         model.parameters,
@@ -78,9 +77,10 @@ def run_loop(checked: CheckedRun, data: RunData, model: RunModel, listeners: Lis
     accelerator.end_training()
 
 
-def _logs(memory_every: int | None, tracking: Tracking, compute: Compute) -> list[Listener]:
+def _logs(checked: CheckedRun, tracking: Tracking) -> list[Listener]:
+    memory_every = checked.config.tracking.log_cuda_memory_every_n_steps
     logs: list[Listener] = [ScalarLog(tracking)]
-    return [*logs, CudaMemoryLog(tracking, compute.device, memory_every)] if memory_every else logs
+    return [*logs, CudaMemoryLog(tracking, checked.compute.device, memory_every)] if memory_every else logs
 
 
 def _saver(checked: CheckedRun, model: RunModel, facts: RunFacts) -> Saver:
@@ -90,7 +90,7 @@ def _saver(checked: CheckedRun, model: RunModel, facts: RunFacts) -> Saver:
         model.network,
         model.optimizer,
         model.names,
-        model.settings,
+        checked.settings,
         model.scaler,
         model.average,
         make_uploader(checked.config.hub),
@@ -116,13 +116,16 @@ def _previewer(checked: CheckedRun, model: RunModel, previews: PreviewParts, tra
 def _validator(checked: CheckedRun, data: RunData, model: RunModel, tracking: Tracking) -> Validator | None:
     if data.validation is None:
         return None
-    return make_validator(
-        checked.config,
+    settings = checked.config.validation
+    return Validator(
         data.validation,
         model.task,
         model.transformer,
         model.network,
         model.optimizer,
-        model.loop,
         tracking,
+        every_n_steps=settings.validate_every_n_steps,
+        every_n_epochs=settings.validate_every_n_epochs,
+        rank=model.loop.rank,
+        world_size=model.loop.world_size,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -22,9 +21,8 @@ from .lr_schedulers import ScheduleSettings
 from .memory_outlook import MemoryOutlook, memory_outlook, told_with
 from .optimization import make_optimizer, parameter_names, warn_of_rates, weight_average
 from .previews import make_decoders, prepare_jobs, wants_previews, warn_of_other_connectors
-from .resume import resume_settings
 from .run_checks import CheckedRun, warn_of_defaults
-from .setup import load_model, loop_settings, run_schedule, streams_built, task_settings
+from .setup import load_model, loop_settings, run_schedule, task_settings
 from .step import TaskSettings
 from .trainer import LoopSettings
 from .validation import wants_validation
@@ -57,7 +55,6 @@ class RunModel:
     scaler: torch.amp.GradScaler | None
     task: TaskSettings
     loop: LoopSettings
-    settings: dict[str, Any]  # what must not change when the run is resumed
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -91,7 +88,7 @@ def make_data(checked: CheckedRun) -> RunData:
     validates = wants_validation(config, checked.datasets)
     validation = validation_set(config, checked.datasets, checked.checkpoint) if validates else None
     warn_of_defaults(checked)
-    memory = memory_outlook(config, checked.checkpoint, compute, checked.quantization, loader.plan)
+    memory = memory_outlook(config, checked.base, loader.plan)
     memory.check(ignore=config.memory.ignore_memory_estimate)
     return RunData(loader, schedule, validation, memory)
 
@@ -110,7 +107,7 @@ def make_model(checked: CheckedRun, data: RunData) -> RunModel:
     """Load the transformer, put the network on it, and bring both and the optimizer to where the run starts.
 
     Raises:
-        UserError: memory does not suffice, or the resumed state belongs to another network, optimizer or base.
+        UserError: memory does not suffice, or a file of the resumed state cannot be read.
     """
     config, compute, seed = checked.config, checked.compute, checked.progress.seed
     task = task_settings(config, checked.version, compute, seed, data.training_set.sample_keys())
@@ -119,9 +116,9 @@ def make_model(checked: CheckedRun, data: RunData) -> RunModel:
     names = parameter_names(network, optimizer)
     warn_of_rates(config, optimizer)
     loop = loop_settings(config, data.schedule, optimizer, compute.accelerator)
-    settings, average = resume_settings(config, loop), weight_average(config, network)
+    average = weight_average(config, network)
     if checked.resumed:
-        checked.resumed.restore(network, optimizer, names, settings, average)
+        checked.resumed.restore(network, optimizer, names, average)
         compute.accelerator.wait_for_everyone()  # the first process tidies the folder that all have read from
     return RunModel(
         transformer=transformer,
@@ -132,14 +129,11 @@ def make_model(checked: CheckedRun, data: RunData) -> RunModel:
         scaler=make_scaler(compute, checked.progress),
         task=task,
         loop=loop,
-        settings=settings,
     )
 
 
 def _loaded(checked: CheckedRun, data: RunData, task: TaskSettings) -> tuple[LTX2Transformer, AdapterNetwork]:
-    config, checkpoint = checked.config, checked.checkpoint
+    config = checked.config
     with told_with(data.memory):
-        quantization = calibrated(
-            config, checkpoint, checked.quantization, data.loader.plan, task, streams_built(config), checked.edits
-        )
-        return load_model(config, checkpoint, checked.compute, task.seed, quantization, checked.edits, checked.loftq)
+        base = calibrated(checked.base, config.calibration, config.memory.settings, data.loader.plan, task)
+        return load_model(config, base, task.seed, checked.loftq)

@@ -102,7 +102,7 @@ class Saver:
     def _epoch_point(self, progress: Progress) -> SavePoint | None:
         """The save that is due where an epoch has just ended; the run's last one is the end itself."""
         every = self.config.save.save_every_n_epochs
-        due = every and progress.epoch > 0 and progress.batch_in_epoch == 0 and progress.epoch % every == 0
+        due = every and progress.is_between_epochs and progress.epoch % every == 0
         return SavePoint("epoch", progress.epoch) if due and progress.global_step < self.facts.max_train_steps else None
 
     def _catch_up(self, progress: Progress) -> None:

@@ -6,11 +6,13 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from musubi_tuner.assembly.base import Base
 from musubi_tuner.assembly.quantization import LoftQRequest
 from musubi_tuner.assembly.transformer import assemble_transformer
 from musubi_tuner.common.av import AV
@@ -28,7 +30,6 @@ from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_
 from musubi_tuner.memory.compilation import check_backend
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import Edits, check_editable, transformer_shapes
-from musubi_tuner.models.ltx2.quantize import Quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.adapter_network import AdapterNetwork
 from musubi_tuner.networks.lora_ltx2 import check_arguments, check_file_arguments
@@ -122,49 +123,44 @@ def streams_built(config: TrainNetworkConfig) -> Mode:
     return "av" if mode == "audio" and not config.version.ltx2_audio_only_model else mode
 
 
-def load_model(
-    config: TrainNetworkConfig,
-    checkpoint: Checkpoint,
-    compute: Compute,
-    seed: int,
-    quantization: Quantization | None,
-    edits: Edits,
-    loftq: LoftQRequest | None = None,
-) -> tuple[LTX2Transformer, AdapterNetwork]:
+def make_network(config: TrainNetworkConfig, transformer: LTX2Transformer) -> AdapterNetwork:
+    """The network of a run, with the weights of ``--network_weights``; ``transformer`` may be on the meta device."""
     settings = config.network
     module = resolve_network_module(settings.network_module)
+    if settings.dim_from_weights:
+        options = file_options(config)
+        return module.create_network_from_weights(1.0, settings.network_weights, transformer, **options)
+    sizes = settings.network_dim, settings.network_alpha
+    network = module.create_network(1.0, *sizes, transformer, **made_with(config))
+    if settings.network_weights is not None:
+        network.load_weights(settings.network_weights)
+    return network
 
-    def make(transformer: LTX2Transformer) -> AdapterNetwork:
-        if settings.dim_from_weights:
-            options = file_options(config)
-            return module.create_network_from_weights(1.0, settings.network_weights, transformer, **options)
-        sizes = settings.network_dim, settings.network_alpha
-        return module.create_network(1.0, *sizes, transformer, **made_with(config))
 
-    streams = streams_built(config)
-    if streams != config.checkpoint.ltx2_mode:
+def ready_to_train(config: TrainNetworkConfig, network: AdapterNetwork, dtype: torch.dtype) -> None:
+    """Bring a network into the dtype and mode of training; ``dtype``: what a run computes in."""
+    if config.precision.full_fp16 or config.precision.full_bf16:
+        network.to(dtype=dtype)
+    network.train()
+
+
+def load_model(
+    config: TrainNetworkConfig, base: Base, seed: int, loftq: LoftQRequest | None = None
+) -> tuple[LTX2Transformer, AdapterNetwork]:
+    if base.streams != config.checkpoint.ltx2_mode:
         logger.info(
             "mode audio with the whole transformer: modules of the attention between the streams get no gradient, "
             "since there is no video; --ltx2_audio_only_model leaves them out and loads a sixth of the weights"
         )
     torch.manual_seed(derive_seed(seed, "network"))  # the LoRA starts at random values
     transformer, network = assemble_transformer(
-        checkpoint,
-        streams=streams,
-        dtype=compute.dtype,
-        device=compute.device,
-        quantization=quantization,
-        edits=edits,
-        network=make,
+        base,
+        network=partial(make_network, config),
         compilation=config.compilation.settings,
         memory=config.memory.settings,
         loftq=loftq,
     )
-    if settings.network_weights is not None and not settings.dim_from_weights:
-        network.load_weights(settings.network_weights)
-    if config.precision.full_fp16 or config.precision.full_bf16:
-        network.to(dtype=compute.dtype)
-    network.train()
+    ready_to_train(config, network, base.dtype)
     return transformer, network
 
 

@@ -55,6 +55,19 @@ class Progress:
     audio_supervision: dict[str, int] = field(default_factory=dict)  # batches counted by the supervision monitor
     last_step: dict[str, float] = field(default_factory=dict)  # losses and rate of the latest step, for the sidecar
 
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether an epoch has ended and the next has not begun, so that what is due after an epoch is due here.
+
+        A state that is saved here may be the last thing that its run did, with what was due still ahead.
+        """
+        return self.epoch > 0 and self.batch_in_epoch == 0
+
+    @property
+    def epoch_loss(self) -> float:
+        """Mean over the latest loss of each in-epoch step; 0 before the first."""
+        return sum(self.epoch_losses) / max(1, len(self.epoch_losses))
+
 
 def save_state(
     folder: Path,
@@ -142,14 +155,18 @@ def _what_else(folder: Path) -> str:
     return f"{found}; expected a folder written by --save_state of this trainer"
 
 
-def restore_network(folder: Path, network: nn.Module) -> None:
-    """Put the trained parameters back.
+def check_network(folder: Path, network: nn.Module, *, later: tuple[str, ...] = ()) -> None:
+    """Hold what a folder says of its network against one, without reading its weights.
+
+    ``later``: ends of the names of tensors that the network does not have yet, and that are not compared.
 
     Raises:
         UserError: the folder belongs to a network of other modules, ranks or alphas.
     """
-    saved, current = _load(folder / _NETWORK_FILE), network.state_dict()
+    file, current = SafetensorsFile(folder / _NETWORK_FILE), network.state_dict()
+    saved = {name: info for name, info in file.tensors.items() if not name.endswith(later)}
     # An alpha is compared as well: it is a buffer, and the saved one would silently win over the flag.
+    alphas = dict(file.read(name for name in saved if name.endswith(".alpha")))
     different = [
         name
         for name in {**saved, **current}
@@ -157,7 +174,7 @@ def restore_network(folder: Path, network: nn.Module) -> None:
         or name not in current
         or saved[name].shape != current[name].shape
         or saved[name].dtype != current[name].dtype
-        or (name.endswith(".alpha") and saved[name] != current[name].cpu())
+        or (name in alphas and alphas[name] != current[name].cpu())
     ]
     if different:
         raise UserError(
@@ -165,6 +182,16 @@ def restore_network(folder: Path, network: nn.Module) -> None:
             f"{different[0]}; use the same network flags (--network_dim, --network_alpha, targets, "
             "--full_fp16, --full_bf16)"
         )
+
+
+def restore_network(folder: Path, network: nn.Module) -> None:
+    """Put the trained parameters back.
+
+    Raises:
+        UserError: the folder cannot be read, or belongs to another network.
+    """
+    saved = _load(folder / _NETWORK_FILE)
+    check_network(folder, network)
     network.load_state_dict(saved)
 
 
@@ -181,13 +208,13 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read ({error}); resume from another state folder") from None
 
 
-def restore_optimizer(
+def check_optimizer(
     folder: Path, scalars: Mapping[str, Any], optimizer: torch.optim.Optimizer, parameter_names: list[str]
 ) -> None:
-    """Put the optimizer's tensors and scalars back, exactly as they were.
+    """Hold the scalars of a folder against an optimizer.
 
     Raises:
-        UserError: the folder belongs to another optimizer or to other parameters.
+        UserError: the folder belongs to another optimizer, to other parameters or to other groups of them.
     """
     if scalars["class"] != type(optimizer).__name__:
         raise UserError(
@@ -199,6 +226,23 @@ def restore_optimizer(
             f"{folder}: holds {len(scalars['parameters'])} trained tensors, but this run trains "
             f"{len(parameter_names)} others; use the same network flags"
         )
+    num_saved, num_groups = len(scalars["groups"]), len(optimizer.param_groups)
+    if num_saved != num_groups:
+        raise UserError(
+            f"{folder}: holds {num_saved} groups of parameters, but this run has {num_groups}; use the same "
+            "--audio_lr, --lr_args and --network_args"
+        )
+
+
+def restore_optimizer(
+    folder: Path, scalars: Mapping[str, Any], optimizer: torch.optim.Optimizer, parameter_names: list[str]
+) -> None:
+    """Put the optimizer's tensors and scalars back, exactly as they were.
+
+    Raises:
+        UserError: the folder cannot be read, or belongs to another optimizer.
+    """
+    check_optimizer(folder, scalars, optimizer, parameter_names)
     tensors = _load(folder / _OPTIMIZER_FILE)
     state: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(parameter_names):
@@ -206,11 +250,6 @@ def restore_optimizer(
         if entries:
             state[index] = entries
     reference = optimizer.state_dict()["param_groups"]
-    if len(scalars["groups"]) != len(reference):
-        raise UserError(
-            f"{folder}: holds {len(scalars['groups'])} groups of parameters, but this run has {len(reference)}; use "
-            "the same --audio_lr, --lr_args and --network_args"
-        )
     pairs = zip(scalars["groups"], reference, strict=True)
     groups = [_group(saved, now, tensors) for saved, now in pairs]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -37,7 +37,7 @@ class RunSummary:
         if done:
             rows.append(["seconds a step", f"{self.seconds / done:.2f}"])
         if state.epoch_losses:
-            rows.append(["average loss", f"{sum(state.epoch_losses) / len(state.epoch_losses):.4f}"])
+            rows.append(["average loss", f"{state.epoch_loss:.4f}"])
         rows += [[name.replace("_", " "), f"{value:.4f}"] for name, value in self.validation.items()]
         rows.append(["peak memory", self.peak_memory])
         rows.append(["dropped steps", state.skipped_steps])

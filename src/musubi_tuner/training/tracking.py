@@ -148,7 +148,9 @@ class ScalarLog:
     tracking: Tracking
 
     def on_start(self, progress: Progress) -> None:
-        pass
+        # The run that saved this state may not have come to it. Logged twice, it is the same.
+        if progress.is_between_epochs:
+            self._log_epoch(progress)
 
     def on_step(self, report: StepReport, progress: Progress) -> None:
         values = {
@@ -166,10 +168,13 @@ class ScalarLog:
         self.tracking.log(values, report.step)
 
     def on_epoch_end(self, epoch: int, progress: Progress) -> None:
-        self.tracking.log({"loss/epoch": _mean(progress.epoch_losses)}, progress.global_step)
+        self._log_epoch(progress)
 
     def on_end(self, progress: Progress) -> None:
         pass
+
+    def _log_epoch(self, progress: Progress) -> None:
+        self.tracking.log({"loss/epoch": progress.epoch_loss}, progress.global_step)
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,3 @@ class CudaMemoryLog:
 
     def on_end(self, progress: Progress) -> None:
         pass
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / max(1, len(values))

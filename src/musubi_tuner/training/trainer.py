@@ -276,4 +276,4 @@ class Trainer:
             else:
                 state.epoch_losses.append(loss)
         state.epoch_loss_index += 1
-        return sum(state.epoch_losses) / max(1, len(state.epoch_losses))
+        return state.epoch_loss

@@ -28,7 +28,6 @@ from .reports import StepReport
 from .state import Progress
 from .step import TaskSettings, prepare_view, view_losses
 from .tracking import Tracking
-from .trainer import LoopSettings
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ class Validator:
 
     def _is_due_at_epoch(self, progress: Progress) -> bool:
         """Whether an epoch after which to measure has just ended."""
-        return bool(self.every_n_epochs) and progress.batch_in_epoch == 0 and progress.epoch % self.every_n_epochs == 0
+        return bool(self.every_n_epochs) and progress.is_between_epochs and progress.epoch % self.every_n_epochs == 0
 
     def _validate(self, progress: Progress) -> None:
         if progress.global_step == self._last_step:
@@ -182,30 +181,6 @@ def wants_validation(config: TrainNetworkConfig, datasets: DatasetConfig) -> boo
     if datasets.validation and not asked:
         logger.info("the validation datasets are not used; --validate_every_n_steps or --validate_every_n_epochs does")
     return asked and bool(datasets.validation)
-
-
-def make_validator(
-    config: TrainNetworkConfig,
-    training_set: TrainingSet,
-    task: TaskSettings,
-    transformer: LTX2Transformer,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loop: LoopSettings,
-    tracking: Tracking,
-) -> Validator:
-    return Validator(
-        training_set,
-        task,
-        transformer,
-        network,
-        optimizer,
-        tracking,
-        every_n_steps=config.validation.validate_every_n_steps,
-        every_n_epochs=config.validation.validate_every_n_epochs,
-        rank=loop.rank,
-        world_size=loop.world_size,
-    )
 
 
 def _mean(values: list[float]) -> float:

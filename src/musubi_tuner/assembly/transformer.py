@@ -93,7 +93,7 @@ def assemble_transformer(
     adapter = start = None
     if network is not None and loftq is not None:
         adapter = network(build_transformer(config, streams))  # names and sizes are all that it reads
-        start = LoftQStart(loftq, adapter, checkpoint)
+        start = LoftQStart(loftq, adapter, checkpoint, streams)
     transformer = load_transformer(
         checkpoint,
         mode=streams,

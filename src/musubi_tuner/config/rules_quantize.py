@@ -38,6 +38,18 @@ def _options(config: QuantizeModelConfig) -> Iterable[str]:
         yield "--network_dim needs --loftq_init"
     if not options.loftq_init and options.loftq_iters != QuantizeOptions().loftq_iters:
         yield "--loftq_iters needs --loftq_init"
+    yield from _own_base(options)
+
+
+def _own_base(options: QuantizeOptions) -> Iterable[str]:
+    if not options.loftq_own_base:
+        if options.lora_target_preset != QuantizeOptions().lora_target_preset:
+            yield "--lora_target_preset needs --loftq_own_base: other files serve every preset"
+        return
+    if not options.loftq_init:
+        yield "--loftq_own_base needs --loftq_init"
+    if options.loftq_iters == 1:
+        yield "--loftq_own_base needs --loftq_iters 2 or more: one round gives the NF4 file that serves every rank"
 
 
 def quantize_rules(parsed: Any) -> list[str]:

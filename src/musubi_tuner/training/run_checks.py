@@ -69,6 +69,8 @@ def check_run(config: TrainNetworkConfig, explicit: frozenset[str]) -> CheckedRu
     resumed = find_resumed(config)
     compute = make_compute(config)
     quantization, edits, loftq = _checked_base(config, explicit, checkpoint, compute)
+    if loftq is not None and loftq.own_base:  # what a resumed run is held against
+        config = replace(config, calibration=replace(config.calibration, loftq_iters=loftq.iterations))
     return CheckedRun(
         config=config,
         explicit=explicit,

@@ -119,7 +119,8 @@ def make_model(checked: CheckedRun, data: RunData) -> RunModel:
     names = parameter_names(network, optimizer)
     warn_of_rates(config, optimizer)
     loop = loop_settings(config, data.schedule, optimizer, compute.accelerator)
-    settings, average = resume_settings(config, loop), weight_average(config, network)
+    own_base = checked.loftq is not None and checked.loftq.own_base
+    settings, average = resume_settings(config, loop, own_base=own_base), weight_average(config, network)
     if checked.resumed:
         checked.resumed.restore(network, optimizer, names, settings, average)
         compute.accelerator.wait_for_everyone()  # the first process tidies the folder that all have read from

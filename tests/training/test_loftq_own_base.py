@@ -206,7 +206,42 @@ def test_factors_of_other_weights_rounds_or_none_are_refused(cached_demo, own_ba
     assert "its factors belong to other weights" in refused(command, capsys)
     shutil.copy(loftq_path(own_base, 4), factors)
     shutil.copy(plain, base)
-    assert "its factors belong to other weights" in refused(command, capsys)
+    assert "demo-nf4.safetensors is not marked as them" in refused(command, capsys)
+
+
+def test_factors_that_are_not_finite_are_refused(cached_demo, own_base: Path, tmp_path: Path, capsys):
+    base = copied(own_base, tmp_path)
+    factors = load_file(loftq_path(base, 4))
+    key = max(factors)
+    factors[key][0, 0] = float("nan")
+    with safe_open(loftq_path(base, 4), "pt") as file:
+        described = file.metadata()
+    save_file(factors, loftq_path(base, 4), metadata=described)
+    message = refused(on(base, arguments(cached_demo(), tmp_path / "out", *LOFTQ)), capsys)
+    assert f"demo-nf4.loftq_r4.safetensors: {key} holds NaN or infinity" in message
+
+
+def test_weights_that_are_not_finite_leave_no_file(cached_demo, tmp_path: Path, capsys):
+    source = tmp_path / "source.safetensors"
+    state = load_file(cached_demo().checkpoint)
+    key = next(key for key in state if key.endswith("transformer_blocks.1.attn1.to_q.weight"))
+    state[key][0, 0] = float("inf")
+    with safe_open(cached_demo().checkpoint, "pt") as file:
+        save_file(state, source, metadata=file.metadata())
+    with pytest.raises(SystemExit):
+        quantised(source, tmp_path, *OWN)
+    assert "transformer_blocks.1.attn1.to_q.weight holds NaN or infinity" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_the_original_is_not_taken_for_factors(cached_demo, tmp_path: Path, capsys):
+    """Or it would be replaced by them, or removed as those of an earlier file."""
+    source = loftq_path(tmp_path / "demo-nf4.safetensors", 4)
+    shutil.copy(cached_demo().checkpoint, source)
+    with pytest.raises(SystemExit):
+        quantised(source, tmp_path, *OWN)
+    assert "has the name of a file of factors beside --output_model demo-nf4.safetensors" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
 
 
 @pytest.mark.parametrize("rank", ["four", "0", "-4", None])

@@ -75,6 +75,11 @@ class StoredLoftQ:
                 f"expected rank {rank} and {checkpoint.name}'s blocks of {block_size}; make both files again with "
                 "ltx2_quantize_model.py --loftq_init"
             )
+        if own_base is None and TARGETS_KEY in made:
+            raise UserError(
+                f"{path}: was written with weights that need it (--loftq_own_base), and {checkpoint.name} is not "
+                "marked as them: it is another file, or was rewritten without its metadata; make both again"
+            )
         if own_base is not None and made.get(ITERATIONS_KEY) != str(own_base.iterations):
             raise UserError(
                 f"{path}: holds factors of {made.get(ITERATIONS_KEY)} rounds, expected {own_base.iterations}, as of "
@@ -99,6 +104,7 @@ class StoredLoftQ:
             raise UserError(
                 f"{self._file.path}: its factors belong to other weights than those of {checkpoint.name}, which was "
                 "written anew without them or renamed; make both files again with ltx2_quantize_model.py --loftq_init"
+                + ("" if self._own_base is None else " --loftq_own_base")
             )
 
     def start(self, modules: Mapping[str, LoRALinear], quantised: Iterable[str]) -> list[str]:
@@ -106,7 +112,7 @@ class StoredLoftQ:
 
         Raises:
             UserError: a module has another rank or size than the file, or is not in it, or one is missing that a base
-                of its own needs.
+                of its own needs, or factors are not finite.
         """
         quantised = list(quantised)
         chosen = [path for path in quantised if path in modules]
@@ -123,6 +129,8 @@ class StoredLoftQ:
         sizes = {key: self._file.tensors[key].nbytes for key in owners}
         waiting: dict[str, dict[str, Tensor]] = {}
         for key, factor in bytes_progress(self._file.read(owners), sizes, desc="LoftQ"):
+            if not factor.isfinite().all():
+                raise UserError(f"{self._file.path}: {key} holds NaN or infinity; make both files again")
             path, role = owners[key]
             factors = waiting.setdefault(path, {})
             factors[role] = factor

@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors, write_streamed
+from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors, streamed_file, write_streamed
 
 TENSORS = {
     "scalar": torch.tensor(3.5),
@@ -77,6 +77,19 @@ def test_streamed_writing_checks_what_was_announced(tmp_path):
             write_streamed(path, infos, iter(bad))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_metadata_may_be_known_last(tmp_path):
+    path, infos = tmp_path / "x.safetensors", {"a": (torch.float32, (2,))}
+    with streamed_file(path, infos, {"hash": "0000"}) as file:
+        file.write("a", torch.ones(2))
+        with pytest.raises(ValueError, match="length"):
+            file.describe({"hash": "a" * 20})
+        file.describe({"hash": "abcd"})
+        assert not path.exists()
+    with safetensors.safe_open(path, "pt") as written:
+        assert written.metadata() == {"hash": "abcd"}
+        assert torch.equal(written.get_tensor("a"), torch.ones(2))
 
 
 @pytest.mark.parametrize(

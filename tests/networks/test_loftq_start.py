@@ -81,6 +81,21 @@ def test_starts_nearer_to_the_original(weight, started):
     assert (acts_as(model) - weight).norm() < 0.95 * (plain - weight).norm()
 
 
+def test_a_weight_that_loses_nothing_is_learnt_from_where_a_lora_starts():
+    """With both factors at zero neither would ever have a gradient."""
+    zeros = torch.zeros(64, 96)
+    model = model_of(zeros)
+    network = create_network(1.0, RANK, ALPHA, model)
+    packed = LoftQ(network.modules_by_name, 2).quantize(f"{PATH}.weight", zeros, Nf4())
+    model.transformer_blocks[0].attn1.to_q = QuantizedLinear(packed)
+    network.apply_to(model)
+    module = network.modules_by_name[PATH]
+    assert not module.lora_up.weight.any()
+    assert not module.trained_factors()[0][RANK:].any()
+    model.transformer_blocks[0](torch.ones(1, 96)).sum().backward()
+    assert module.lora_up.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("gain", [0.0, 1.0, -1.0, 0.5])
 def test_the_multiplier_scales_what_was_trained(started, gain):
     model, network = started

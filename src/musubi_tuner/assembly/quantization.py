@@ -11,6 +11,7 @@ import torch
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.memory import CalibrationConfig, QuantizationConfig
 from musubi_tuner.models.checkpoint import Checkpoint
+from musubi_tuner.models.ltx2.keys import Mode, in_mode
 from musubi_tuner.models.ltx2.quantize import Quantization, Quantize, is_target, quantize_plainly, stored_transformer
 from musubi_tuner.networks.loftq import LoftQ, StoredLoftQ
 from musubi_tuner.networks.lora_network import LoRANetwork
@@ -31,10 +32,12 @@ class LoftQRequest:
     Attributes:
         iterations: of the alternation, where the base is quantised while it is loaded.
         file: the factors of a base that is quantised already.
+        own_base: the weights of that base were quantised less these factors.
     """
 
     iterations: int
     file: StoredLoftQ | None = None
+    own_base: bool = False
 
 
 def quantization_settings(
@@ -56,6 +59,7 @@ def quantization_settings(
         block_size=config.nf4_block_size,
         device=_calculation_device(config.quantize_device, _VARIABLES[kind], device),
         calibrate=calibration is not None and calibration.awq_calibration,
+        corrected=calibration is not None and calibration.loftq_init,
         by_row=config.fp8_w8a8,
         products=_products(config, device) if config.fp8_w8a8 else None,
     )
@@ -84,13 +88,21 @@ def loftq_request(
     """
     if not calibration.loftq_init or rank is None:
         return None
-    if stored_transformer(checkpoint).kind != "nf4":
+    stored = stored_transformer(checkpoint)
+    if stored.kind != "nf4":
         return LoftQRequest(calibration.loftq_iters)
-    if iterations_given and calibration.loftq_iters > 1:
-        logger.warning("--loftq_iters %d has no effect on a base that is quantised already", calibration.loftq_iters)
-    file = StoredLoftQ(checkpoint.path, rank, checkpoint.metadata.get(NF4_BLOCK_KEY))
+    made_with = 1 if stored.own_base is None else stored.own_base.iterations
+    if iterations_given and calibration.loftq_iters != made_with:
+        logger.warning(
+            "--loftq_iters %d has no effect: %s was quantised with %d, and ltx2_quantize_model.py --loftq_own_base "
+            "makes one with more",
+            calibration.loftq_iters,
+            checkpoint.path.name,
+            made_with,
+        )
+    file = StoredLoftQ(checkpoint.path, rank, checkpoint.metadata.get(NF4_BLOCK_KEY), stored.own_base)
     file.check_base(checkpoint.path)
-    return LoftQRequest(1, file)
+    return LoftQRequest(made_with, file, own_base=stored.own_base is not None)
 
 
 class LoftQStart:
@@ -103,13 +115,16 @@ class LoftQStart:
         UserError: none of the adapted weights is of those that are quantised.
     """
 
-    def __init__(self, request: LoftQRequest, network: LoRANetwork, checkpoint: Checkpoint) -> None:
+    def __init__(self, request: LoftQRequest, network: LoRANetwork, checkpoint: Checkpoint, streams: Mode) -> None:
         self._total = len(network.modules_by_name)
         if not any(is_target(f"{name}.weight") for name in network.modules_by_name):
             raise UserError(_NOTHING)
         self.quantize: Quantize = quantize_plainly
         if request.file is not None:
-            packed = [name.removesuffix(".weight") for name in stored_transformer(checkpoint).scales if is_target(name)]
+            held = [
+                name for name in stored_transformer(checkpoint).scales if is_target(name) and in_mode(name, streams)
+            ]
+            packed = [name.removesuffix(".weight") for name in held]
             self._started = request.file.start(network.modules_by_name, packed)
         else:
             loftq = LoftQ(network.modules_by_name, request.iterations)

@@ -86,7 +86,7 @@ def assemble_transformer(
     adapter = start = None
     if network is not None and loftq is not None:
         adapter = network(build_transformer(config, base.streams))  # names and sizes are all that it reads
-        start = LoftQStart(loftq, adapter, base.checkpoint)
+        start = LoftQStart(loftq, adapter, base.checkpoint, base.streams)
     transformer = load_transformer(
         base.checkpoint,
         mode=base.streams,

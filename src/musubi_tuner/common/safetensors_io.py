@@ -13,10 +13,11 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -266,22 +267,68 @@ def write_streamed(
         tensors: ``(name, tensor)`` in any order, from any device; each name of ``infos`` exactly once.
         metadata: strings to strings.
     """
-    header, offsets = _layout(infos, metadata)
-    done: set[str] = set()
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+    with streamed_file(path, infos, metadata) as file:
         for name, tensor in tensors:
-            dtype, shape = infos[name]
-            if name in done or tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-                raise ValueError(
-                    f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, announced {dtype} {tuple(shape)}"
-                    + (" (written twice)" if name in done else "")
-                )
-            file.seek(8 + len(header) + offsets[name])
-            file.write(memoryview(_as_bytes(tensor.detach().contiguous().cpu()).numpy()))
-            done.add(name)
-        if missing := [name for name in infos if name not in done]:
+            file.write(name, tensor)
+
+
+class StreamedFile:
+    """A file that :func:`streamed_file` has open for writing."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None,
+    ) -> None:
+        self._file, self._infos = file, infos
+        header, self._offsets = _layout(infos, metadata)
+        self._data_start = 8 + len(header)
+        self._done: set[str] = set()
+        self._write_header(header)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """One of the announced tensors, from any device."""
+        dtype, shape = self._infos[name]
+        if name in self._done or tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, announced {dtype} {tuple(shape)}"
+                + (" (written twice)" if name in self._done else "")
+            )
+        self._file.seek(self._data_start + self._offsets[name])
+        self._file.write(memoryview(_as_bytes(tensor.detach().contiguous().cpu()).numpy()))
+        self._done.add(name)
+
+    def describe(self, metadata: Mapping[str, str]) -> None:
+        """Replace the metadata, by some that takes as much room: what is known only once all tensors are made."""
+        header, _ = _layout(self._infos, metadata)
+        if 8 + len(header) != self._data_start:
+            raise ValueError("other metadata has to have the length of the first")
+        self._write_header(header)
+
+    def _write_header(self, header: bytes) -> None:
+        self._file.seek(0)
+        self._file.write(len(header).to_bytes(8, "little") + header)
+
+    def check_complete(self) -> None:
+        if missing := [name for name in self._infos if name not in self._done]:
             raise ValueError(f"announced but not written: {', '.join(missing[:5])}")
+
+
+@contextmanager
+def streamed_file(
+    path: str | os.PathLike[str],
+    infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[StreamedFile]:
+    """What :func:`write_streamed` does, for tensors that are made while something else is written as well.
+
+    The file gets its name when the block ends without an error.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        streamed = StreamedFile(file, infos, metadata)
+        yield streamed
+        streamed.check_complete()
 
 
 def _layout(

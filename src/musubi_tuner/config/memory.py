@@ -148,7 +148,7 @@ class CalibrationConfig:
     """Accuracy of NF4."""
 
     loftq_init: bool = flag(False, "NF4: start the LoRA from what quantising loses")
-    loftq_iters: int = flag(2, "--loftq_init: rounds of quantising and fitting; one for files that are NF4 already")
+    loftq_iters: int = flag(2, "--loftq_init: rounds of quantising and fitting; NF4 files have had theirs")
     awq_calibration: bool = flag(False, "NF4: scale channels by their inputs before quantising (experimental)")
     awq_alpha: float = flag(0.25, "--awq_calibration: strength of that scaling, 0 to 1")
     awq_num_batches: int = flag(8, "--awq_calibration: batches that it measures")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from .flag import flag
+from .network import TargetPreset
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,12 @@ class QuantizeOptions:
         None, "where weights are quantised (not given: cuda if present, else cpu)", values={"gpu": "cuda"}
     )
     loftq_init: bool = flag(False, "write starting values of LoRAs of --network_dim as well, for --loftq_init")
-    loftq_iters: int = flag(2, "accepted, but one round fits the NF4 file, which serves all ranks")
+    loftq_iters: int = flag(2, "--loftq_own_base: rounds of quantising and fitting; else one, which fits every rank")
+    loftq_own_base: bool = flag(
+        False, "quantise for the LoRAs of --loftq_init, which then are all that the file is for"
+    )
     network_dim: int = flag(0, "rank of the LoRAs of --loftq_init")
+    lora_target_preset: TargetPreset = flag("t2v", "--loftq_own_base: the --lora_target_preset of the training")
 
 
 @dataclass(frozen=True)

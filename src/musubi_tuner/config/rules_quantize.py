@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from .quantize import QuantizeModelConfig, QuantizeOptions
@@ -21,6 +23,18 @@ def _files(config: QuantizeModelConfig) -> Iterable[str]:
     if source is not None and target is not None and source.resolve() == target.resolve():
         yield f"--input_model and --output_model are the same file, {target}; choose another name for the result"
 
+    elif source is not None and target is not None and _named_as_factors(source, target):
+        yield (
+            f"--input_model {source} has the name of a file of factors beside --output_model {target.name}, which "
+            "would be overwritten; choose another name for the result"
+        )
+
+
+def _named_as_factors(path: Path, checkpoint: Path) -> bool:
+    """Whether ``path`` is named like the LoftQ factors of ``checkpoint``, of any rank."""
+    pattern = re.escape(checkpoint.stem) + r"\.loftq_r\d+\.safetensors"
+    return path.resolve().parent == checkpoint.resolve().parent and re.fullmatch(pattern, path.name) is not None
+
 
 def _options(config: QuantizeModelConfig) -> Iterable[str]:
     options = config.options
@@ -38,6 +52,18 @@ def _options(config: QuantizeModelConfig) -> Iterable[str]:
         yield "--network_dim needs --loftq_init"
     if not options.loftq_init and options.loftq_iters != QuantizeOptions().loftq_iters:
         yield "--loftq_iters needs --loftq_init"
+    yield from _own_base(options)
+
+
+def _own_base(options: QuantizeOptions) -> Iterable[str]:
+    if not options.loftq_own_base:
+        if options.lora_target_preset != QuantizeOptions().lora_target_preset:
+            yield "--lora_target_preset needs --loftq_own_base: other files serve every preset"
+        return
+    if not options.loftq_init:
+        yield "--loftq_own_base needs --loftq_init"
+    if options.loftq_iters == 1:
+        yield "--loftq_own_base needs --loftq_iters 2 or more: one round gives the NF4 file that serves every rank"
 
 
 def quantize_rules(parsed: Any) -> list[str]:

@@ -74,7 +74,11 @@ class LoRALinear(AttachedLinear):
         """Start at ``up @ down``, which corrects the base and so counts as part of it.
 
         The multiplier then scales only what is trained beyond: ``base + s * (start + multiplier * (delta - start))``.
+        Rows of ``down`` that are all zero keep the values that the layer was made with, for ``up`` to have a gradient:
+        nothing was lost there.
         """
+        made = self.lora_down.weight.to(down)
+        down = torch.where(down.any(dim=1, keepdim=True), down, made)
         # In bfloat16: half the memory, and the factors start at exactly these values.
         self.start_down = down.to(self.alpha.device, torch.bfloat16)
         self.start_up = (up * (self.rank / self.alpha_value)).to(self.alpha.device, torch.bfloat16)

@@ -10,6 +10,9 @@ NF4 of ltx2_quantize_model   codes [N, K / 2] uint8      ``X.scale_weight`` [N, 
 int8 of ltx2_quantize_model  int8 [N, K]                 ``X.scale_weight`` [N, blocks, 1]
 ===========================  ==========================  ===========================================================
 
+NF4 scales have the dtype of the original weights, which holds a largest magnitude exactly, or float32 where the weights
+are those that a LoRA of LoftQ starts from (``OwnBase``).
+
 The scales of the inputs were measured for generating and are not used here. Current files also say the format of each
 layer in their metadata (``_quantization_metadata``); one that is not FP8 with such scales is refused.
 """
@@ -17,6 +20,7 @@ layer in their metadata (``_quantization_metadata``); one that is not FP8 with s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,6 +38,7 @@ Kind = Literal["dense", "fp8", "int8", "nf4"]
 NF4_MARK = {"nf4_quantized": "true"}
 INT8_MARK = {"int8_quantized": "true"}
 NF4_BLOCK_KEY = "nf4_block_size"
+OWN_RANK, OWN_ITERATIONS = "loftq_base_rank", "loftq_base_iters"
 SCALE, SHAPE = ".scale_weight", ".nf4_shape"  # of the files made here
 _SCALES = (".weight_scale", SCALE)
 _UNUSED = (".input_scale", ".scale_input", ".comfy_quant", SHAPE)
@@ -46,6 +51,23 @@ _LISTED = 3
 
 
 @dataclass(frozen=True)
+class OwnBase:
+    """What marks NF4 weights that were quantised less the factors of a LoRA, and are too far off without these.
+
+    Attributes:
+        rank: of the factors.
+        iterations: of quantising and fitting in turn.
+    """
+
+    rank: int
+    iterations: int
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {OWN_RANK: str(self.rank), OWN_ITERATIONS: str(self.iterations)}
+
+
+@dataclass(frozen=True)
 class Stored:
     """What is quantised among the tensors of a model in a file. Names are the model's.
 
@@ -53,11 +75,13 @@ class Stored:
         kind: of the file as a whole; single weights of it may be dense.
         scales: name of a quantised weight to that of its scale, ``None`` for a plain cast.
         companions: tensors that are no parameters: scales and what comes with them.
+        own_base: of LoftQ, ``None`` for weights that serve any purpose.
     """
 
     kind: Kind
     scales: Mapping[str, str | None] = field(default_factory=dict)
     companions: frozenset[str] = frozenset()
+    own_base: OwnBase | None = None
 
     def shape(self, name: str, info: TensorInfo) -> tuple[int, ...]:
         """Shape of a tensor once it is dense."""
@@ -90,7 +114,8 @@ def read_stored(infos: Mapping[str, TensorInfo], metadata: Mapping[str, Any], so
     if made_here and (lost := [name for name, scale in scales.items() if scale is None]):
         what = f"{len(lost)} {made_here.upper()} weights have no scale ({_list(lost)})"
         raise UserError(f"{source}: {what}; make or download it again")
-    return Stored(made_here or ("fp8" if quantised else "dense"), scales, companions)
+    kind: Kind = made_here or ("fp8" if quantised else "dense")
+    return Stored(kind, scales, companions, _own_base(metadata, source) if kind == "nf4" else None)
 
 
 def scale_matrix(scale: Tensor, shape: tuple[int, ...], key: str) -> Tensor:
@@ -113,6 +138,19 @@ def scale_matrix(scale: Tensor, shape: tuple[int, ...], key: str) -> Tensor:
 def _kind_made_here(metadata: Mapping[str, Any]) -> Literal["int8", "nf4"] | None:
     marks: dict[Literal["int8", "nf4"], Mapping[str, str]] = {"nf4": NF4_MARK, "int8": INT8_MARK}
     return next((kind for kind, mark in marks.items() if mark.items() <= metadata.items()), None)
+
+
+def _own_base(metadata: Mapping[str, Any], source: str) -> OwnBase | None:
+    texts = [metadata[key] for key in (OWN_RANK, OWN_ITERATIONS) if key in metadata]
+    if not texts:
+        return None
+    if len(texts) != 2 or not all(isinstance(text, str) and re.fullmatch(r"[1-9]\d{0,5}", text) for text in texts):
+        found = ", ".join(f"{key} {metadata.get(key)!r}" for key in (OWN_RANK, OWN_ITERATIONS))
+        raise UserError(
+            f"{source}: its metadata says {found}, expected two whole numbers; make the file again with "
+            "ltx2_quantize_model.py --loftq_init --loftq_own_base"
+        )
+    return OwnBase(*map(int, texts))
 
 
 def _is_packed(info: TensorInfo, made_here: Literal["int8", "nf4"] | None) -> bool:

@@ -107,8 +107,11 @@ def _base_weights(config: TrainNetworkConfig) -> list[Any] | None:
     )
 
 
-def resume_settings(config: TrainNetworkConfig, num_processes: int) -> dict[str, Any]:
-    """What must not change between saving and resuming."""
+def resume_settings(config: TrainNetworkConfig, num_processes: int, *, own_base: bool) -> dict[str, Any]:
+    """What must not change between saving and resuming.
+
+    ``own_base``: the checkpoint is NF4 and was quantised less the factors that the LoRA started at.
+    """
     optimizer = optimizer_class(config.optimizer.optimizer_type)
     return {
         "ltx2_checkpoint": config.checkpoint.ltx2_checkpoint.name,
@@ -119,6 +122,7 @@ def resume_settings(config: TrainNetworkConfig, num_processes: int) -> dict[str,
         "processes": num_processes,
         "base_weights": _base_weights(config),
         **_base(config),
+        "loftq_own_base": own_base or None,  # as in states of before there were any
     }
 
 

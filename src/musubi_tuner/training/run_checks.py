@@ -75,7 +75,10 @@ def check_run(config: TrainNetworkConfig, explicit: frozenset[str]) -> CheckedRu
     resumed = find_resumed(config)
     compute = make_compute(config)
     base, loftq = _checked_base(config, explicit, checkpoint, compute)
-    settings = resume_settings(config, compute.accelerator.num_processes)
+    own_base = loftq is not None and loftq.own_base
+    if own_base:  # what a resumed run is held against
+        config = replace(config, calibration=replace(config.calibration, loftq_iters=loftq.iterations))
+    settings = resume_settings(config, compute.accelerator.num_processes, own_base=own_base)
     if resumed is not None:
         resumed.check_settings(settings)
         _check_resumed(resumed, config, base)

@@ -55,6 +55,7 @@ class Quantization:
         calibrate: needs full precision, for a calibration to make something of it.
         magnitudes: mean abs(input) [K] by the names of the weights that were calibrated.
         strength: of the calibration, 0 to 1.
+        corrected: a LoRA of LoftQ starts on it, so it may be one that is made for that.
     """
 
     kind: Literal["fp8", "int8", "nf4"]
@@ -66,6 +67,7 @@ class Quantization:
     calibrate: bool = False
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     strength: float = 0.0
+    corrected: bool = False
 
     @property
     def method(self) -> Nf4 | Int8 | Fp8:
@@ -117,6 +119,12 @@ def check_quantization(checkpoint: Checkpoint, quantization: Quantization | None
     """
     stored = stored_transformer(checkpoint)
     wanted = quantization.kind if quantization is not None else "dense"
+    if stored.own_base is not None and not (wanted == "nf4" and quantization is not None and quantization.corrected):
+        raise UserError(
+            f"{checkpoint.path}: its NF4 weights lack what a LoRA of rank {stored.own_base.rank} starts at "
+            "(--loftq_own_base), so they are for ltx2_train_network.py --nf4_base --loftq_init --network_dim "
+            f"{stored.own_base.rank} only; for all else use the original, or an NF4 file without --loftq_own_base"
+        )
     if stored.kind in ("nf4", "int8") and wanted != stored.kind:
         instead = "" if wanted == "dense" else f" instead of --{wanted}_base"
         raise UserError(

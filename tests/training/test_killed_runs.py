@@ -14,7 +14,7 @@ from test_training_runs import arguments
 
 from musubi_tuner.common.atomic import is_partial
 from musubi_tuner.ltx2_train_network import main as train
-from musubi_tuner.networks.lora_reader import load_lora
+from musubi_tuner.networks.files.lora_reader import load_lora
 from musubi_tuner.training.state import read_progress
 
 pytestmark = needs_fork

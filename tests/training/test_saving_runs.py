@@ -16,7 +16,7 @@ from test_training_runs import arguments, refused
 
 from musubi_tuner.ltx2_train_network import main as train
 from musubi_tuner.networks import lora_network
-from musubi_tuner.networks.lora_reader import load_lora
+from musubi_tuner.networks.files.lora_reader import load_lora
 from musubi_tuner.networks.targets import modality_of
 from musubi_tuner.training.trainer import Trainer
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner.ltx2_train_network import main as train
-from musubi_tuner.networks.lora_reader import load_lora
+from musubi_tuner.networks.files.lora_reader import load_lora
 
 
 def arguments(assets, output: Path, *extra: str, steps: int = 2, mode: str = "av", version: str = "2.3") -> list[str]:

@@ -67,7 +67,7 @@ def run_caching(assets, mode: str) -> None:
     dataset = assets.audio_dataset if mode == "audio" else assets.dataset
     common = ["--dataset_config", str(dataset), "--ltx2_checkpoint", str(assets.checkpoint)]
     common += ["--ltx2_mode", mode]
-    cache_latents([*common, "--vae_dtype", "fp32", "--num_workers", "1"])
+    cache_latents([*common, "--vae_dtype", "fp32", "--ltx2_audio_dtype", "fp32", "--num_workers", "1"])
     prompts = ["--precache_sample_prompts", "--sample_prompts", str(assets.prompts)]
     cache_text([*common, "--gemma_root", str(assets.gemma), *prompts])
 

@@ -42,7 +42,9 @@ class Project:
         ]
 
     def cache_latents(self, manifest: Path | str) -> None:
-        cache_latents([*self.flags(manifest), "--vae_dtype", "fp32", "--num_workers", "1"])
+        cache_latents(
+            [*self.flags(manifest), "--vae_dtype", "fp32", "--ltx2_audio_dtype", "fp32", "--num_workers", "1"]
+        )
 
     def cache_text(self, manifest: Path | str) -> None:
         cache_text([*self.flags(manifest), "--gemma_root", str(self.assets.gemma)])

@@ -108,6 +108,23 @@ def test_sounds_in_mode_audio(assets: Assets, tmp_path: Path) -> None:
     assert found == [(26, 4, 2, 2), (183, 23, 2, 2)]
 
 
+@ONE_VERSION
+def test_sound_is_cached_in_half_precision(assets: Assets, tmp_path: Path) -> None:
+    """By default; the other tests of this file ask for fp32, in which a CPU is far quicker."""
+    write_sound(tmp_path / "a.wav", tone(0.4))
+    (tmp_path / "a.txt").write_text("a tone", encoding="utf-8")
+    found = {}
+    for name, flags in {"half": (), "full": ("--ltx2_audio_dtype", "fp32")}.items():
+        dataset = tmp_path / f"{name}.toml"
+        dataset.write_text(f'[[datasets]]\naudio_directory = "."\ncache_directory = "{name}"\n', encoding="utf-8")
+        cache_latents([*_flags(assets, "audio", dataset), *flags])
+        _text(assets, "audio", dataset=dataset)
+        (batch,) = _batches(assets, "audio", dataset)
+        found[name] = batch.audio.latents
+    assert (found["half"].dtype, found["full"].dtype) == (torch.float16, torch.float32)
+    assert (found["half"] - found["full"]).norm() < 0.01 * found["full"].norm()
+
+
 def test_caches_of_the_other_version_are_refused(assets: Assets, tmp_path: Path) -> None:
     _latents(assets, "av", "--skip_existing")
     _text(assets, "av", "--skip_existing")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -79,9 +80,9 @@ def share_a_value(first: Technique, second: Technique) -> bool:
     )
 
 
-def refusals(techniques: Iterable[Technique]) -> list[str]:
+@cache
+def refusals(techniques: tuple[Technique, ...]) -> list[str]:
     """What the rules say, but for the files that every run needs."""
-    techniques = tuple(techniques)
     request = parsed(techniques)
     always = all_rules(parsed(()))
     found = [message for message in all_rules(request) if message not in always]

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-# Modules of many seconds, the longest first; the second needs nothing that the first makes for all.
+# Modules of many seconds, roughly by time. The second needs nothing that the first makes for all, and would wait for.
 LONG = (
     *("test_training_runs", "test_estimate", "test_processes", "test_killed_runs", "test_caching_scripts"),
     *("test_calibrated_runs", "test_compiled_blocks", "test_generate", "test_lycoris_runs", "test_manifest_runs"),

@@ -24,12 +24,12 @@ from resident import GB, measured
 
 from musubi_tuner.common.tables import format_table
 from musubi_tuner.networks.base_weights import BaseWeights
-from musubi_tuner.networks.extract import RankRule, extract_lora
-from musubi_tuner.networks.lora_file import LoraModule, ModuleInfo
-from musubi_tuner.networks.lora_reader import LoraReader
-from musubi_tuner.networks.lora_writer import write_lora
-from musubi_tuner.networks.merge import concat_method, merge_loras
-from musubi_tuner.networks.merge_model import merge_into_model
+from musubi_tuner.networks.file_tools.extract import RankRule, extract_lora
+from musubi_tuner.networks.file_tools.merge import concat_method, merge_loras
+from musubi_tuner.networks.file_tools.merge_model import merge_into_model
+from musubi_tuner.networks.files.lora_file import LoraModule, ModuleInfo
+from musubi_tuner.networks.files.lora_reader import LoraReader
+from musubi_tuner.networks.files.lora_writer import write_lora
 from musubi_tuner.networks.targets import select_targets
 
 RANK = 32

@@ -12,7 +12,7 @@ def main(parsed: Parsed[ExtractConfig]) -> None:
     from musubi_tuner.common.devices import choose_device
     from musubi_tuner.common.dtypes import parse_dtype
     from musubi_tuner.common.tables import format_bytes, format_table
-    from musubi_tuner.networks.extract import RankRule, extract_lora
+    from musubi_tuner.networks.file_tools.extract import RankRule, extract_lora
 
     files, options = parsed.config.files, parsed.config.options
     target = files.save_extracted_lora

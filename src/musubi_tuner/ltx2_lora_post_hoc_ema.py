@@ -10,7 +10,7 @@ from musubi_tuner.config.post_hoc_ema import EmaConfig, ema_rules
 @entry(EmaConfig, "Average the LoRA files that a run saved (post-hoc EMA).", rules=(ema_rules,))
 def main(parsed: Parsed[EmaConfig]) -> None:
     from musubi_tuner.common.tables import format_bytes, format_table
-    from musubi_tuner.networks.post_hoc_ema import average_loras, linear_betas, power_betas
+    from musubi_tuner.networks.file_tools.post_hoc_ema import average_loras, linear_betas, power_betas
 
     files, options = parsed.config.files, parsed.config.options
     paths = sorted(files.path, key=lambda p: p.stat().st_mtime) if files.sort else list(files.path)

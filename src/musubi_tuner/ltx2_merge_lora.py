@@ -25,7 +25,7 @@ def _rules(parsed: Parsed[MergeConfig]) -> list[str]:
 @entry(MergeConfig, "Merge several LTX-2 LoRA files into one.", rules=(_rules,))
 def main(parsed: Parsed[MergeConfig]) -> None:
     from musubi_tuner.common.dtypes import parse_dtype
-    from musubi_tuner.networks import merge
+    from musubi_tuner.networks.file_tools import merge
 
     files, options = parsed.config.files, parsed.config.options
     if options.merge_method == "orthogonal":

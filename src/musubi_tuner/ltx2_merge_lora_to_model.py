@@ -12,9 +12,9 @@ def main(parsed: Parsed[MergeModelConfig]) -> None:
     from musubi_tuner.common.devices import choose_device
     from musubi_tuner.common.dtypes import parse_dtype
     from musubi_tuner.common.tables import format_bytes, format_table
-    from musubi_tuner.networks.lycoris_files import open_adapter
-    from musubi_tuner.networks.merge import broadcast_multipliers
-    from musubi_tuner.networks.merge_model import merge_into_model
+    from musubi_tuner.networks.file_tools.merge import broadcast_multipliers
+    from musubi_tuner.networks.file_tools.merge_model import merge_into_model
+    from musubi_tuner.networks.lycoris.files import open_adapter
 
     files, name = parsed.config.files, parsed.config.options.dtype
     readers = [open_adapter(path) for path in files.lora_weight]

@@ -6,8 +6,10 @@ import threading
 import time
 
 import pytest
+import torch
 
 from musubi_tuner.common.ahead import map_ahead
+from musubi_tuner.common.devices import bind_thread
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -45,3 +47,12 @@ def test_each_thread_is_initialised():
     made = []
     assert list(map_ahead(abs, range(4), threads=2, ahead=4, initializer=lambda: made.append(1))) == [0, 1, 2, 3]
     assert 1 <= len(made) <= 2
+
+
+def test_a_thread_is_bound_to_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch):
+    """On one GPU the device has no index, which ``set_device`` would refuse."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        bind_thread(torch.device(name))
+    assert chosen == [torch.device("cuda:1")]

@@ -14,7 +14,10 @@ def test_pairs_pass_through_and_only_big_reads_get_a_bar(capsys: pytest.CaptureF
     assert list(bytes_progress(pairs, {"a": 10, "b": 20}, desc="x", least=100)) == pairs
     assert capsys.readouterr().err == ""
     assert list(bytes_progress(pairs, {"a": 10, "b": 20}, desc="weights", least=30)) == pairs
-    assert "weights: 100%" in capsys.readouterr().err
+    drawn = capsys.readouterr().err
+    assert "weights: 100%" in drawn
+    assert "B/s]" in drawn
+    assert "<00:00" in drawn  # time left
 
 
 def test_a_restarted_clock_forgets_the_slow_first_step_and_draws_nothing_odd(capsys: pytest.CaptureFixture[str]):

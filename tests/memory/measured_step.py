@@ -20,9 +20,9 @@ from musubi_tuner.memory.activations import Adapted, BatchShape, Numbers
 from musubi_tuner.memory.estimate import Estimate, Request, Trained, estimate, optimizer_state_bytes
 from musubi_tuner.models.ltx2.quantize import Quantization, is_target
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.networks import lycoris_bridge
 from musubi_tuner.networks.adapter_network import AdapterNetwork
 from musubi_tuner.networks.lora_ltx2 import create_network, planned_ranks
+from musubi_tuner.networks.lycoris import bridge as lycoris_bridge
 from musubi_tuner.quantization.linear import pack_linear
 from musubi_tuner.quantization.stored import Stored
 from musubi_tuner.training.fused_backward import PARTS, FusedBackward

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from memory_models import CPU, quantised_to, subject
-from memory_pairs import PAGE, PAIRS, Technique, page, parsed, refusals, share_a_value
+from memory_pairs import PAGE, PAIRS, REFUSED, Technique, given, page, parsed, refusals, said_of, share_a_value
 from torch import Tensor
 from torch.nn import Parameter
 
 from musubi_tuner.assembly.quantization import quantization_settings
 from musubi_tuner.assembly.transformer import attach_to_blocks
+from musubi_tuner.config import rules_memory
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.memory.activation_offload import ActivationOffload
 from musubi_tuner.networks.resolve import resolve_network_module
@@ -176,6 +180,29 @@ def test_a_quantised_base_is_another_within_bounds(name: str):
 
 def test_the_page_is_what_the_rules_say():
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python tests/memory/memory_pairs.py"
+
+
+def printed_by(function: ast.FunctionDef) -> list[str]:
+    """Patterns of the messages that a function of rules yields."""
+    yielded = [n.value for n in ast.walk(function) if isinstance(n, ast.Yield)]
+    yielded += [n.value.elt for n in ast.walk(function) if isinstance(n, ast.YieldFrom) and hasattr(n.value, "elt")]
+    parts = [n.values if isinstance(n, ast.JoinedStr) else [n] for n in yielded]
+    return ["".join(re.escape(p.value) if isinstance(p, ast.Constant) else ".*" for p in text) for text in parts]
+
+
+def test_the_page_has_every_rule_of_memory():
+    """So a rule that is added later is added to the page."""
+    rules = ast.parse(Path(rules_memory.__file__).read_text(encoding="utf-8"))
+    patterns = [p for node in rules.body if isinstance(node, ast.FunctionDef) for p in printed_by(node)]
+    said = re.findall(r"`([^`]*)`", PAGE.read_text(encoding="utf-8"))
+    missing = [pattern for pattern in patterns if not any(re.fullmatch(pattern, text) for text in said)]
+    assert len(patterns) > 25
+    assert not missing
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_the_page_calls_refused_is_refused_for_one_reason(flags: str):
+    assert len(said_of(given(flags))) == 1
 
 
 def test_the_rules_refuse_what_cannot_be():

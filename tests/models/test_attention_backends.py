@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from ltx2_tiny import tiny_config, tiny_inputs, tiny_model
+from torch.nn.attention import SDPBackend
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.models import attention_backends
@@ -121,3 +122,35 @@ def test_every_name_works_in_the_model(install):
         assert len(calls) == 6 * config.num_layers
         model(inputs)
         assert len(calls) == 12 * config.num_layers
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_where_cudnn_cannot_serve_another_kernel_does(masked: bool):
+    """Here it never can; what comes out is PyTorch's attention all the same."""
+    q, k = torch.randn(2, 5, 2, 16), torch.randn(2, 7, 2, 16)
+    mask = torch.zeros(2, 1, 1, 7).masked_fill(torch.arange(7) > 4, -1e4) if masked else None
+    torch.testing.assert_close(
+        ATTENTION_BACKENDS["cudnn_attn"](q, k, k, mask), attention(q, k, k, mask), rtol=0, atol=0
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have it")
+def test_cudnn_that_would_never_serve_is_refused():
+    with pytest.raises(UserError, match="--cudnn_attn: the kernel does not work with float32 on cpu: .*use --sdpa"):
+        check("cudnn_attn")
+
+
+def test_cudnn_comes_first_where_it_can(monkeypatch: pytest.MonkeyPatch):
+    """As PyTorch sees it in the call; whether it can is the GPU's to say."""
+    seen = []
+
+    def watching(q, *_, **__):
+        seen.append(torch._C._get_sdp_priority_order()[0])
+        return q
+
+    monkeypatch.setattr(attention_backends.F, "scaled_dot_product_attention", watching)
+    q = torch.randn(1, 3, 2, 16)
+    ATTENTION_BACKENDS["cudnn_attn"](q, q, q, None)
+    before, _ = seen[0], attention(q, q, q)
+    assert before == SDPBackend.CUDNN_ATTENTION.value
+    assert seen[1] != SDPBackend.CUDNN_ATTENTION.value

@@ -9,7 +9,7 @@ from musubi_tuner.common.av import AV
 from musubi_tuner.models.ltx2.config import TransformerConfig
 from musubi_tuner.models.ltx2.inputs import ModalityInput
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
-from musubi_tuner.networks.lora_file import LoraFile, LoraModule
+from musubi_tuner.networks.files.lora_file import LoraFile, LoraModule
 from musubi_tuner.networks.lora_ltx2 import create_network
 from musubi_tuner.networks.lora_network import LoRANetwork
 

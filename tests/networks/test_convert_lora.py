@@ -13,12 +13,12 @@ from lora_samples import random_lora, random_network
 
 from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.ltx2_convert_lora import main
-from musubi_tuner.networks.alpha_notes import AlphaNote, fold, unfold
-from musubi_tuner.networks.hashes import sshs_hashes
+from musubi_tuner.networks.file_tools.merge import concat_method, merge_loras
+from musubi_tuner.networks.files.alpha_notes import AlphaNote, fold, unfold
+from musubi_tuner.networks.files.hashes import sshs_hashes
+from musubi_tuner.networks.files.lora_reader import load_lora
+from musubi_tuner.networks.files.lora_writer import save_lora
 from musubi_tuner.networks.lora_ltx2 import create_network
-from musubi_tuner.networks.lora_reader import load_lora
-from musubi_tuner.networks.lora_writer import save_lora
-from musubi_tuner.networks.merge import concat_method, merge_loras
 from musubi_tuner.networks.names import comfy_name, diffusers_name, flat_name
 
 FORMATS = ("native", "musubi", "comfy", "diffusers")

@@ -13,10 +13,10 @@ from musubi_tuner.assembly.transformer import attach_to_blocks
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.memory import MemorySettings
 from musubi_tuner.networks.dora import DoRALinear
+from musubi_tuner.networks.files.lora_reader import load_lora
 from musubi_tuner.networks.lora import LoRALinear
 from musubi_tuner.networks.lora_ltx2 import create_network, create_network_from_weights
-from musubi_tuner.networks.lora_reader import load_lora
-from musubi_tuner.networks.lycoris_files import LycorisModule
+from musubi_tuner.networks.lycoris.files import LycorisModule
 from musubi_tuner.quantization.linear import pack_linear
 from musubi_tuner.quantization.packed import Fp8, Int8, Nf4
 
@@ -257,7 +257,7 @@ def assert_close(found, expected):
 
 
 def test_what_cannot_be_done_with_lengths_is_refused(tmp_path):
-    from musubi_tuner.networks.merge import concat_method, merge_loras
+    from musubi_tuner.networks.file_tools.merge import concat_method, merge_loras
 
     model = tiny_transformer()
     network = random_dora(model)

@@ -10,9 +10,9 @@ from lora_samples import random_lora
 from musubi_tuner.ltx2_extract_lora import main
 from musubi_tuner.ltx2_merge_lora_to_model import main as merge
 from musubi_tuner.networks.base_weights import BaseWeights
-from musubi_tuner.networks.extract import RankRule, low_rank
-from musubi_tuner.networks.lora_reader import load_lora
-from musubi_tuner.networks.lora_writer import save_lora
+from musubi_tuner.networks.file_tools.extract import RankRule, low_rank
+from musubi_tuner.networks.files.lora_reader import load_lora
+from musubi_tuner.networks.files.lora_writer import save_lora
 
 Q, A = "transformer_blocks.0.attn1.to_q", "transformer_blocks.1.audio_ff.net.2"
 LORA = random_lora({Q: (3, 32, 32, 2.0), A: (5, 96, 24, None)})

@@ -13,11 +13,11 @@ from lora_samples import full_skeleton, random_lora, random_network, run, tiny_t
 from safetensors import safe_open
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.networks.hashes import TensorSpec, specs_of, sshs_hashes, write_safetensors
-from musubi_tuner.networks.lora_file import LoraFile, LoraModule
+from musubi_tuner.networks.files.hashes import TensorSpec, specs_of, sshs_hashes, write_safetensors
+from musubi_tuner.networks.files.lora_file import LoraFile, LoraModule
+from musubi_tuner.networks.files.lora_reader import detect_format, load_lora
+from musubi_tuner.networks.files.lora_writer import save_lora
 from musubi_tuner.networks.lora_ltx2 import create_network, create_network_from_weights
-from musubi_tuner.networks.lora_reader import detect_format, load_lora
-from musubi_tuner.networks.lora_writer import save_lora
 from musubi_tuner.networks.names import canonical_name, comfy_name, diffusers_name, flat_name, known_names
 
 MIXED = {

@@ -16,17 +16,17 @@ from torch.autograd import gradcheck
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import load_transformer, transformer_shapes
-from musubi_tuner.networks.adapter_file import AdapterFile
 from musubi_tuner.networks.attached import Switch
-from musubi_tuner.networks.convert import Part, convert_adapter
+from musubi_tuner.networks.file_tools.convert import Part, convert_adapter
+from musubi_tuner.networks.file_tools.magnitudes import comfy_magnitudes
+from musubi_tuner.networks.file_tools.merge_model import merge_into_model
+from musubi_tuner.networks.files.adapter_file import AdapterFile
 from musubi_tuner.networks.lora_ltx2 import create_network as create_lora
-from musubi_tuner.networks.lycoris_bridge import create_network, create_network_from_weights
-from musubi_tuner.networks.lycoris_files import LycorisReader, is_lycoris_file, open_adapter
-from musubi_tuner.networks.lycoris_layer import LycorisLinear, make_layer
-from musubi_tuner.networks.lycoris_network import LycorisNetwork
-from musubi_tuner.networks.lycoris_options import LayerOptions
-from musubi_tuner.networks.magnitudes import comfy_magnitudes
-from musubi_tuner.networks.merge_model import merge_into_model
+from musubi_tuner.networks.lycoris.bridge import create_network, create_network_from_weights
+from musubi_tuner.networks.lycoris.files import LycorisReader, is_lycoris_file, open_adapter
+from musubi_tuner.networks.lycoris.layer import LycorisLinear, make_layer
+from musubi_tuner.networks.lycoris.network import LycorisNetwork
+from musubi_tuner.networks.lycoris.options import LayerOptions
 from musubi_tuner.networks.merge_on_load import open_base_weights, weight_edits
 from musubi_tuner.networks.verdict import Verdict
 

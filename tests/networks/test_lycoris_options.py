@@ -12,8 +12,8 @@ from lora_samples import full_skeleton
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.networks import resolve
-from musubi_tuner.networks.lycoris_bridge import create_network, planned_sizes
-from musubi_tuner.networks.lycoris_options import LayerOptions, class_names, read_lycoris_options
+from musubi_tuner.networks.lycoris.bridge import create_network, planned_sizes
+from musubi_tuner.networks.lycoris.options import LayerOptions, class_names, read_lycoris_options
 from musubi_tuner.networks.resolve import resolve_network_module
 from musubi_tuner.networks.targets import linear_names
 

@@ -15,10 +15,10 @@ from safetensors import safe_open
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.ltx2_merge_lora import main
-from musubi_tuner.networks.lora_file import LoraModule
-from musubi_tuner.networks.lora_reader import load_lora
-from musubi_tuner.networks.lora_writer import save_lora
-from musubi_tuner.networks.merge import concat_method, merge_loras, orthogonal_method
+from musubi_tuner.networks.file_tools.merge import concat_method, merge_loras, orthogonal_method
+from musubi_tuner.networks.files.lora_file import LoraModule
+from musubi_tuner.networks.files.lora_reader import load_lora
+from musubi_tuner.networks.files.lora_writer import save_lora
 
 A, B, C = (f"transformer_blocks.{i}.attn1.to_q" for i in range(3))
 FIRST = random_lora({A: (3, 20, 12, 1.5), B: (2, 10, 14, None)}, seed=1)

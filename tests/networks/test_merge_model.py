@@ -15,8 +15,8 @@ from musubi_tuner.ltx2_merge_lora_to_model import main
 from musubi_tuner.models.ltx2.quantize import is_target
 from musubi_tuner.models.ltx2.quantize_file import quantize_file
 from musubi_tuner.networks.base_weights import BaseWeights
-from musubi_tuner.networks.lora_reader import load_lora
-from musubi_tuner.networks.lora_writer import save_lora
+from musubi_tuner.networks.files.lora_reader import load_lora
+from musubi_tuner.networks.files.lora_writer import save_lora
 from musubi_tuner.quantization.packed import Int8, Nf4
 
 Q = "transformer_blocks.0.attn1.to_q"

@@ -12,8 +12,8 @@ from lora_samples import random_lora
 
 from musubi_tuner.common.safetensors_io import SafetensorsFile, save_safetensors
 from musubi_tuner.ltx2_lora_post_hoc_ema import main
-from musubi_tuner.networks.lora_writer import save_lora
-from musubi_tuner.networks.post_hoc_ema import linear_betas, power_betas, power_exponent, shares
+from musubi_tuner.networks.file_tools.post_hoc_ema import linear_betas, power_betas, power_exponent, shares
+from musubi_tuner.networks.files.lora_writer import save_lora
 
 NAMES = {"transformer_blocks.0.attn1.to_q": (4, 6, 8, 2.0), "transformer_blocks.1.audio_ff.net.2": (2, 6, 8, 1.0)}
 

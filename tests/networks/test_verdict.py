@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner.common.errors import UserError
-from musubi_tuner.networks.formats import FORMATS
-from musubi_tuner.networks.lora_file import LoraFile, LoraModule
-from musubi_tuner.networks.lora_writer import save_lora
+from musubi_tuner.networks.files.formats import FORMATS
+from musubi_tuner.networks.files.lora_file import LoraFile, LoraModule
+from musubi_tuner.networks.files.lora_writer import save_lora
 from musubi_tuner.networks.verdict import check_file, first_non_finite, measure
 
 VIDEO = "transformer_blocks.0.attn1.to_q"

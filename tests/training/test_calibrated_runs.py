@@ -12,7 +12,7 @@ from test_training_runs import arguments, refused
 
 from musubi_tuner.ltx2_quantize_model import main as quantize
 from musubi_tuner.ltx2_train_network import main as train
-from musubi_tuner.networks.lora_reader import load_lora
+from musubi_tuner.networks.files.lora_reader import load_lora
 from musubi_tuner.training import calibration, run_parts
 
 LOFTQ = ("--nf4_base", "--loftq_init")

@@ -5,6 +5,8 @@ copied with a halt must ask, and is counted.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
@@ -17,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from musubi_tuner.common.av import AV
 from musubi_tuner.conditioning.reference import AudioReferenceRules
 from musubi_tuner.dataset.batch import AudioLatents, Batch, SampleKey, TextEmbeds, VideoLatents
+from musubi_tuner.diffusion import noising
 from musubi_tuner.diffusion.balance import BalanceSettings
 from musubi_tuner.diffusion.timesteps import NoiseLevelSampler
 from musubi_tuner.networks.lora_ltx2 import create_network
+from musubi_tuner.training import pace
 from musubi_tuner.training.audio_watch import AudioWatch
 from musubi_tuner.training.lr_plan import FactorPlan
 from musubi_tuner.training.lr_schedulers import ScheduleSettings
@@ -73,6 +77,21 @@ class Waits(TorchDispatchMode):
 
     def found(self) -> dict[str, int]:
         return {name: count for name, count in self.counts.items() if count}
+
+
+class AtOnce:
+    """Works in the thread that submits: a dispatch mode sees nothing of what other threads do."""
+
+    def __init__(self, *_, initializer: Callable[[], None], **__) -> None:
+        initializer()
+
+    def submit(self, function: Callable, *args) -> Future:
+        done: Future = Future()
+        done.set_result(function(*args))
+        return done
+
+    def shutdown(self, **_) -> None:
+        pass
 
 
 @dataclass
@@ -138,7 +157,8 @@ def waits_of_a_step(batches: list[Batch], *, optimizer: str = "AdamW", **options
     )
     plan = FactorPlan("constant", ScheduleSettings(3), (1e-3,))
     loop = LoopSettings(3, len(batches), max_grad_norm=1.0, lr_plan=plan)
-    with Waits() as waits, patch.object(torch, "tensor", waits.tensor):
+    at_once = patch.object(pace, "ThreadPoolExecutor", AtOnce)
+    with Waits() as waits, patch.object(torch, "tensor", waits.tensor), at_once:
         listener = PerStep(waits)
         trainer = Trainer(
             transformer,
@@ -171,6 +191,12 @@ BATCHES = {
 def test_an_optimizer_step_reads_from_its_device_once(batch: Batch, accumulation: int):
     """The losses and norms; neither noise, conditions and text of the next batches nor the model wait."""
     assert waits_of_a_step([batch] * accumulation) == {"read": 1}
+
+
+def test_a_blocking_copy_in_the_making_of_the_next_view_is_seen(monkeypatch: pytest.MonkeyPatch):
+    """It is made ahead, by a thread of its own when training."""
+    monkeypatch.setattr(noising, "upload", lambda tensor, device: tensor.to(device))
+    assert waits_of_a_step([BATCHES["sounds of two lengths"]])["blocking copy"] > 0
 
 
 def test_silence_in_place_of_sound_waits_for_nothing():

@@ -14,7 +14,7 @@ from test_training_runs import arguments
 
 from musubi_tuner.common.atomic import is_partial
 from musubi_tuner.ltx2_train_network import main as train
-from musubi_tuner.networks.lora_reader import load_lora
+from musubi_tuner.networks.files.lora_reader import load_lora
 from musubi_tuner.training.state import read_progress
 
 pytestmark = needs_fork
@@ -24,6 +24,7 @@ FLAGS = (
     *("--save_state", "--autoresume", "--save_every_n_steps", "1", "--save_last_n_steps", "1"),
     *("--save_every_n_epochs", "1", "--save_last_n_epochs", "1", "--save_checkpoint_metadata"),
     *("--network_dropout", "0.3", "--gradient_accumulation_steps", "2", "--ema_decay", "0.5"),
+    *("--max_data_loader_n_workers", "2"),  # threads that read ahead when the process dies
 )
 
 

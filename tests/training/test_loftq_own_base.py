@@ -17,7 +17,7 @@ from musubi_tuner.ltx2_merge_lora_to_model import main as merge
 from musubi_tuner.ltx2_train_network import main as train
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.keys import transformer_keys
-from musubi_tuner.networks.formats import load_lora
+from musubi_tuner.networks.files.lora_reader import load_lora
 from musubi_tuner.networks.loftq import loftq_path
 from musubi_tuner.quantization.nf4 import dequantize_nf4
 

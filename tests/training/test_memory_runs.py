@@ -134,8 +134,8 @@ def test_what_cannot_be_is_said_before_anything_loads(flags, said, cached_demo, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", ["--flash_attn", "--flash3", "--xformers"])
-def test_a_kernel_without_its_package(flag, cached_demo, tmp_path: Path, capsys):
+@pytest.mark.parametrize("flag", ["--cudnn_attn", "--flash_attn", "--flash3", "--xformers"])
+def test_a_kernel_that_cannot_be_had(flag, cached_demo, tmp_path: Path, capsys):
     with pytest.raises(SystemExit):
         train(arguments(cached_demo(), tmp_path / "out", flag))
     assert "use --sdpa" in capsys.readouterr().err

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from test_training_runs import arguments, refused
 
 from musubi_tuner.ltx2_train_network import main as train
-from musubi_tuner.networks import lora_ltx2
-from musubi_tuner.networks.lora_reader import load_lora
+from musubi_tuner.networks import lora_network
+from musubi_tuner.networks.files.lora_reader import load_lora
 from musubi_tuner.networks.targets import modality_of
 from musubi_tuner.training.trainer import Trainer
 
@@ -111,14 +111,14 @@ def test_a_file_that_reads_back_wrong_stops_the_run(cached_demo, tmp_path: Path,
     train(arguments(cached_demo(), tmp_path, *SAVES, steps=2))
     (tmp_path / "x.safetensors").unlink()
     before = contents(tmp_path)
-    original = lora_ltx2.save_lora
+    original = lora_network.save_lora
 
     def weaker(lora, path, fmt, **kwargs):
         if fmt == "comfy":
             lora = replace(lora, modules={n: replace(m, up=m.up * 0.5) for n, m in lora.modules.items()})
         return original(lora, path, fmt, **kwargs)
 
-    monkeypatch.setattr(lora_ltx2, "save_lora", weaker)
+    monkeypatch.setattr(lora_network, "save_lora", weaker)
     flags = (*SAVES, "--autoresume", "--no_save_original_lora")
     message = refused(arguments(cached_demo(), tmp_path, *flags, steps=4), capsys)
     assert "x-step00000004.comfy" in message

@@ -257,6 +257,22 @@ def test_nan_in_stored_fp8_values_is_found():
     assert list(non_finite_tensors(model)) == [f"{LAYER}.weight"]
 
 
+def test_an_error_ends_the_threads_that_read_ahead_while_its_traceback_is_kept(monkeypatch: pytest.MonkeyPatch):
+    ended = []
+
+    def reading(self, *_, **__):
+        try:
+            yield from self.views
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(Loader, "epoch", reading)
+    with pytest.raises(UserError) as error:
+        run([View(float("inf"))] * 30, steps=30)
+    assert error.tb is not None
+    assert ended
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_twenty_non_finite_losses_in_a_row_end_the_run(fused: bool):
     with pytest.raises(UserError, match="20 steps in a row"):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.ltx2_train_network import main as train
-from musubi_tuner.networks.lora_reader import load_lora
+from musubi_tuner.networks.files.lora_reader import load_lora
 from musubi_tuner.training.weights import WeightAverage
 
 

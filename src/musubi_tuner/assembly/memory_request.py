@@ -91,8 +91,7 @@ def _instead_of(quantization: Quantization | None) -> tuple[str, ...]:
     """Flags that make a base NF4, and take back those of what it was; later ones on a command line win."""
     if quantization is None:
         return ("--nf4_base",)
-    given = {f"{quantization.kind}_base": True, "fp8_scaled": quantization.requantise, "fp8_w8a8": quantization.by_row}
-    return (*(f"--no-{name}" for name, asked in given.items() if asked), "--nf4_base")
+    return (*(f"--no-{name}" for name in quantization.flags), "--nf4_base")
 
 
 def layer_names(base: Base) -> list[str]:

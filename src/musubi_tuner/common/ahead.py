@@ -7,7 +7,7 @@ processes they start in no time, share memory, and exist alike on every platform
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -22,10 +22,10 @@ def map_ahead(
     threads: int,
     ahead: int,
     initializer: Callable[[], None] | None = None,
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """``map(function, items)``, in order, that has up to ``ahead`` results made or in the making.
 
-    What the function raises is raised where its result would have come.
+    What the function raises is raised where its result would have come. Closing it ends the threads.
 
     Args:
         threads: 0 works when it is asked for a result.

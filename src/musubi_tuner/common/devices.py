@@ -67,7 +67,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def bind_thread(device: torch.device) -> None:
     """Make ``device`` the current one of a new thread, which else takes memory of the first GPU for itself."""
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:  # without an index it means the current one
         torch.cuda.set_device(device)
 
 

@@ -42,6 +42,7 @@ class BlockMemoryConfig:
     """Attention and memory."""
 
     sdpa: bool = flag(False, "PyTorch scaled dot-product attention (the default)")
+    cudnn_attn: bool = flag(False, "PyTorch's attention by cuDNN (NVIDIA GPUs), where it can")
     flash_attn: bool = flag(False, "FlashAttention 2 (package flash-attn); masked attention is PyTorch's")
     flash3: bool = flag(False, "FlashAttention 3 (Hopper GPUs); masked attention is PyTorch's")
     xformers: bool = flag(False, "attention of xformers; masked attention is PyTorch's")
@@ -62,7 +63,12 @@ class BlockMemoryConfig:
     @property
     def settings(self) -> MemorySettings:
         """What the flags ask for."""
-        kernels = {"flash_attn": self.flash_attn, "flash3": self.flash3, "xformers": self.xformers}
+        kernels = {
+            "cudnn_attn": self.cudnn_attn,
+            "flash_attn": self.flash_attn,
+            "flash3": self.flash3,
+            "xformers": self.xformers,
+        }
         split = self.split_attn_target not in (None, "none")
         chunk = self.ffn_chunk_target not in (None, "none") and self.ffn_chunk_size > 0
         return MemorySettings(

@@ -22,6 +22,7 @@ def blocks(memory: BlockMemoryConfig) -> Iterable[str]:
     """One attention kernel at most, sizes that make sense, and options only with what they belong to."""
     kernels = {
         "sdpa": memory.sdpa,
+        "cudnn_attn": memory.cudnn_attn,
         "flash_attn": memory.flash_attn,
         "flash3": memory.flash3,
         "xformers": memory.xformers,

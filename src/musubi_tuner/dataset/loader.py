@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
 
 import torch
@@ -55,10 +55,11 @@ class BatchLoader:
             )
         return -(-len(self.plan) // world_size)
 
-    def epoch(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1) -> Generator[Batch, None, None]:
         """The batches of ``epoch`` for one process, from its batch ``start`` on; skipped ones are not read.
 
-        The processes are dealt the batches in turn; over all of them every batch comes once.
+        The processes are dealt the batches in turn; over all of them every batch comes once. Closing it ends the
+        threads that read.
 
         Raises:
             UserError: a cache file is missing or damaged.

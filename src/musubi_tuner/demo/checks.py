@@ -17,8 +17,8 @@ from musubi_tuner.diffusion.timesteps import NoiseLevelSampler, default_shifted_
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import load_transformer
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
+from musubi_tuner.networks.files.lora_reader import load_lora
 from musubi_tuner.networks.lora_ltx2 import create_network_from_weights
-from musubi_tuner.networks.lora_reader import load_lora
 from musubi_tuner.training.step import TaskSettings, TrainingView, prepare_view, view_losses
 
 from .report import Check

@@ -25,8 +25,7 @@ class LevelPool:
 
     def __init__(self, seed: int, num_buckets: int, samples: Sequence[SampleKey]) -> None:
         self._places = {sample: place for place, sample in enumerate(samples)}
-        # Two epochs of both modalities: the next epoch's first batch is prepared while this one ends.
-        self._shares = lru_cache(maxsize=4)(
+        self._shares = lru_cache(maxsize=2)(  # both modalities of an epoch
             lambda purpose, epoch: even_shares(len(samples), num_buckets, generator(seed, purpose, epoch))
         )
 

@@ -23,10 +23,10 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.quantize import check_quantization
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.adapter_network import absent_modules
+from musubi_tuner.networks.file_tools.merge import broadcast_multipliers
+from musubi_tuner.networks.files.lora_reader import LoraReader
 from musubi_tuner.networks.lora_ltx2 import create_network_from_weights
-from musubi_tuner.networks.lora_reader import LoraReader
-from musubi_tuner.networks.lycoris_files import LycorisReader, open_adapter
-from musubi_tuner.networks.merge import broadcast_multipliers
+from musubi_tuner.networks.lycoris.files import LycorisReader, open_adapter
 from musubi_tuner.networks.resolve import lycoris_bridge
 
 from .decode import Decoders

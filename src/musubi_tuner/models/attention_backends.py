@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.registry import Registry
@@ -36,6 +37,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """PyTorch's own choice among flash, memory-efficient, cuDNN's and plain attention."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2)  # [B, Nq, H, head_dim]
+
+
+# What cuDNN cannot do (some masks, head sizes and GPUs) goes to the others, in PyTorch's own order.
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@ATTENTION_BACKENDS.register("cudnn_attn")
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's attention, by cuDNN wherever that can."""
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+        return attention(q, k, v, mask)
+
+
+def _cudnn_alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return attention(q, k, v, mask)
 
 
 @ATTENTION_BACKENDS.register("flash_attn")
@@ -74,6 +96,10 @@ def _kernel(module: str, name: str, *, package: str) -> Callable[..., Any]:
         ) from None
 
 
+# Kernels that are to show at the start that they work, though others would step in for them.
+_WITHOUT_HELP: dict[str, AttentionFunction] = {"cudnn_attn": _cudnn_alone}
+
+
 def check_backend(name: str, *, device: torch.device, dtype: torch.dtype, heads: int = 4, head_dim: int = 64) -> None:
     """Compare a backend with PyTorch's attention in fp32, on small inputs with and without a mask, and its gradients.
 
@@ -87,7 +113,10 @@ def check_backend(name: str, *, device: torch.device, dtype: torch.dtype, heads:
     qkv = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     mask = torch.zeros(2, 1, 1, 40).masked_fill(torch.arange(40) >= 23, torch.finfo(dtype).min / 2)
     for case, additive in (("without a mask", None), ("with a mask", mask.to(device, dtype))):
-        found = _probe(ATTENTION_BACKENDS[name], qkv, additive, name=name)
+        function = (
+            ATTENTION_BACKENDS[name] if additive is not None else _WITHOUT_HELP.get(name, ATTENTION_BACKENDS[name])
+        )
+        found = _probe(function, qkv, additive, name=name)
         expected = _probe(attention, [x.float() for x in qkv], None if additive is None else additive.float())
         for what, ours, theirs in zip(("output", "gradients", "gradients", "gradients"), found, expected, strict=True):
             error = ((ours.float() - theirs).abs().max() / theirs.abs().max()).item()

@@ -18,7 +18,7 @@ from torch import nn
 from musubi_tuner.common.errors import UserError
 
 from .attached import AttachedLinear, Switch
-from .formats import Format
+from .files.formats import Format
 from .names import NATIVE_PREFIX, flat_name, in_transformer
 from .network_args import NetworkArgs
 from .targets import modality_of

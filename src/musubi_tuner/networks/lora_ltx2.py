@@ -13,7 +13,7 @@ from musubi_tuner.common.errors import UserError
 
 from .adapter_network import adapted_layers
 from .attached import Switch
-from .lora_file import LoraFile
+from .files.lora_file import LoraFile
 from .lora_network import LoRANetwork, as_lora
 from .module_options import ModuleOptions, check_patterns, dropouts, module_options
 from .network_args import NetworkArgs, choose_layers, parse_network_args

@@ -14,11 +14,11 @@ from musubi_tuner.common.errors import UserError
 from .adapter_network import AdapterNetwork, LoadReport, compare_modules
 from .attached import Switch
 from .dora import DoRALinear
-from .formats import Format, lengths_over_base
+from .files.formats import Format, lengths_over_base
+from .files.lora_file import LoraFile, LoraModule
+from .files.lora_reader import load_lora
+from .files.lora_writer import save_lora
 from .lora import LoRALinear
-from .lora_file import LoraFile, LoraModule
-from .lora_reader import load_lora
-from .lora_writer import save_lora
 from .max_norm import limit_norms
 from .network_args import NetworkArgs
 from .shared_input import SharedProjections, share_inputs

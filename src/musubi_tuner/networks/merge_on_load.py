@@ -14,9 +14,9 @@ from musubi_tuner.quantization.rows import row_chunks
 
 from .adapter_network import absent_modules
 from .base_weights import fits
-from .formats import lengths_over_base
-from .lora_reader import LoraReader
-from .lycoris_files import LycorisReader, adapter_module, mergeable_sizes, open_adapter
+from .files.formats import lengths_over_base
+from .files.lora_reader import LoraReader
+from .lycoris.files import LycorisReader, adapter_module, mergeable_sizes, open_adapter
 
 logger = logging.getLogger(__name__)
 

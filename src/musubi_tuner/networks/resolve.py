@@ -11,7 +11,7 @@ from musubi_tuner.config.network import LYCORIS
 
 BUILT_IN = ("networks.lora_ltx2",)
 _PACKAGE = "musubi_tuner"
-_BRIDGE = f"{_PACKAGE}.networks.lycoris_bridge"
+_BRIDGE = f"{_PACKAGE}.networks.lycoris.bridge"
 _INSTALL = 'pip install "lycoris-lora>=4.1"'
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
 
-from .lora_file import LoraFile, LoraModule
-from .lora_reader import LoraReader
+from .files.lora_file import LoraFile, LoraModule
+from .files.lora_reader import LoraReader
 from .targets import modality_of
 
 VERDICT = "ss_verdict"  # its key in the metadata

@@ -34,8 +34,8 @@ from musubi_tuner.memory.proposals import Limits, Proposal, propose, smallest
 from musubi_tuner.models.checkpoint import Checkpoint, Component
 from musubi_tuner.models.ltx2.config import Mode, TransformerConfig
 from musubi_tuner.models.ltx2.load import transformer_config
+from musubi_tuner.networks.files.lora_reader import LoraReader
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
-from musubi_tuner.networks.lora_reader import LoraReader
 from musubi_tuner.networks.network_args import parse_network_args
 from musubi_tuner.networks.resolve import resolve_network_module
 

@@ -32,9 +32,9 @@ from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import Edits, check_editable, transformer_shapes
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
 from musubi_tuner.networks.adapter_network import AdapterNetwork
+from musubi_tuner.networks.files.lora_reader import LoraReader
 from musubi_tuner.networks.lora_ltx2 import check_arguments, check_file_arguments
-from musubi_tuner.networks.lora_reader import LoraReader
-from musubi_tuner.networks.lycoris_files import LycorisReader
+from musubi_tuner.networks.lycoris.files import LycorisReader
 from musubi_tuner.networks.merge_on_load import open_base_weights, weight_edits
 from musubi_tuner.networks.network_args import parse_network_args
 from musubi_tuner.networks.resolve import BUILT_IN, resolve_network_module

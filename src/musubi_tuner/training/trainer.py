@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -127,10 +128,12 @@ class Trainer:
         state = self.progress
         epoch = state.epoch
         start = state.batch_in_epoch
-        batches = self.loader.epoch(epoch, start=start, rank=self.loop.rank, world_size=self.loop.world_size)
-        views = (self._view(batch, epoch) for batch in batches)
-        with Lookahead(views, initializer=partial(bind_thread, self.task.device)) as ahead:
-            self._run_views(ahead, epoch, bar)
+        reader = self.loader.epoch(epoch, start=start, rank=self.loop.rank, world_size=self.loop.world_size)
+        # Closed, as after an error the traceback would keep the reader and its threads.
+        with closing(reader) as batches:
+            views = (self._view(batch, epoch) for batch in batches)
+            with Lookahead(views, initializer=partial(bind_thread, self.task.device)) as ahead:
+                self._run_views(ahead, epoch, bar)
         if state.epoch > epoch:
             for listener in self.listeners:
                 listener.on_epoch_end(epoch, state)

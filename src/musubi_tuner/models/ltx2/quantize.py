@@ -77,6 +77,17 @@ class Quantization:
             return Int8()
         return Fp8(None) if self.by_row else Fp8()
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Names of those that ask for it."""
+        further = {
+            "fp8_scaled": self.requantise,
+            "fp8_w8a8": self.by_row,
+            "awq_calibration": self.calibrate,
+            "loftq_init": self.corrected,
+        }
+        return (f"{self.kind}_base", *(name for name, asked in further.items() if asked))
+
     def method_for(self, name: str) -> Method:
         """For the weight of that name."""
         if name not in self.magnitudes:
@@ -126,7 +137,8 @@ def check_quantization(checkpoint: Checkpoint, quantization: Quantization | None
             f"{stored.own_base.rank} only; for all else use the original, or an NF4 file without --loftq_own_base"
         )
     if stored.kind in ("nf4", "int8") and wanted != stored.kind:
-        instead = "" if wanted == "dense" else f" instead of --{wanted}_base"
+        given = () if quantization is None else quantization.flags
+        instead = f" instead of {' '.join(f'--{name}' for name in given)}" if given else ""
         raise UserError(
             f"{checkpoint.path} holds {stored.kind.upper()} weights; add --{stored.kind}_base{instead}, or use the "
             "original file"

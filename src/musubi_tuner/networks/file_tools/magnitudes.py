@@ -11,14 +11,14 @@ from pathlib import Path
 from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.networks.base_weights import BaseWeights
+from musubi_tuner.networks.files.adapter_file import AdapterFile
+from musubi_tuner.networks.files.adapter_keys import MAGNITUDE
+from musubi_tuner.networks.files.formats import Format
+from musubi_tuner.networks.lycoris.files import LycorisReader
 from musubi_tuner.quantization.rows import row_chunks
 
-from .adapter_file import AdapterFile
-from .adapter_keys import MAGNITUDE
-from .base_weights import BaseWeights
 from .convert import Magnitudes
-from .formats import Format
-from .lycoris_files import LycorisReader
 
 
 def comfy_magnitudes(source: AdapterFile, fmt: Format, checkpoint: Path | None) -> Magnitudes | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from .names import MUSUBI_PREFIX, NATIVE_PREFIX, comfy_name, diffusers_name, flat_name
+from musubi_tuner.networks.names import MUSUBI_PREFIX, NATIVE_PREFIX, comfy_name, diffusers_name, flat_name
 
 Format = Literal["native", "musubi", "comfy", "diffusers"]
 

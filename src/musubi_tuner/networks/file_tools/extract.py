@@ -16,13 +16,12 @@ from torch import Tensor
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
 from musubi_tuner.common.seeding import generator
-
-from .base_weights import BaseWeights
-from .formats import Format
-from .hashes import tensor_bytes
-from .lora_file import LoraModule, ModuleInfo
-from .lora_writer import write_lora
-from .names import known_names
+from musubi_tuner.networks.base_weights import BaseWeights
+from musubi_tuner.networks.files.formats import Format
+from musubi_tuner.networks.files.hashes import tensor_bytes
+from musubi_tuner.networks.files.lora_file import LoraModule, ModuleInfo
+from musubi_tuner.networks.files.lora_writer import write_lora
+from musubi_tuner.networks.names import known_names
 
 logger = logging.getLogger(__name__)
 

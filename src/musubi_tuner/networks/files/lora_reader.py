@@ -14,10 +14,10 @@ from torch import Tensor
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo
+from musubi_tuner.networks.names import canonical_name
 
 from .formats import Format, format_of
 from .lora_file import LoraFile, LoraModule, ModuleInfo
-from .names import canonical_name
 from .peft_config import peft_alpha, peft_config
 
 logger = logging.getLogger(__name__)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.networks.adapter_network import adapted_layers
+from musubi_tuner.networks.attached import Switch
+from musubi_tuner.networks.network_args import choose_layers, probability
+from musubi_tuner.networks.targets import linear_names
 
-from .adapter_network import adapted_layers
-from .attached import Switch
-from .lycoris_files import LycorisFile, LycorisModule, LycorisReader, stored_over_base
-from .lycoris_layer import LycorisLinear, fits, kept_per_token, make_layer
-from .lycoris_network import LycorisNetwork, as_lycoris
-from .lycoris_options import LycorisOptions, read_lycoris_options
-from .network_args import choose_layers, probability
-from .targets import linear_names
+from .files import LycorisFile, LycorisModule, LycorisReader, stored_over_base
+from .layer import LycorisLinear, fits, kept_per_token, make_layer
+from .network import LycorisNetwork, as_lycoris
+from .options import LycorisOptions, read_lycoris_options
 
 logger = logging.getLogger(__name__)
 

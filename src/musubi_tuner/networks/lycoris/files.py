@@ -18,16 +18,15 @@ from torch import Tensor
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
 from musubi_tuner.common.safetensors_io import SafetensorsFile
-
-from .adapter_file import AdapterFile
-from .adapter_keys import ALPHA, MAGNITUDE, is_lora
-from .adapter_keys import DOWN as DOWN_ROLE
-from .adapter_keys import UP as UP_ROLE
-from .adapter_math import DORA, DOWN, UP, Kind, delta_rows, kind_of, scale_of, shape_of
-from .formats import SPELLINGS, Format, lengths_over_base
-from .hashes import TensorSpec, write_safetensors
-from .lora_file import LoraModule
-from .lora_reader import LoraReader
+from musubi_tuner.networks.adapter_math import DORA, DOWN, UP, Kind, delta_rows, kind_of, scale_of, shape_of
+from musubi_tuner.networks.files.adapter_file import AdapterFile
+from musubi_tuner.networks.files.adapter_keys import ALPHA, MAGNITUDE, is_lora
+from musubi_tuner.networks.files.adapter_keys import DOWN as DOWN_ROLE
+from musubi_tuner.networks.files.adapter_keys import UP as UP_ROLE
+from musubi_tuner.networks.files.formats import SPELLINGS, Format, lengths_over_base
+from musubi_tuner.networks.files.hashes import TensorSpec, write_safetensors
+from musubi_tuner.networks.files.lora_file import LoraModule
+from musubi_tuner.networks.files.lora_reader import LoraReader
 
 _TINY = 1e-30
 _ROLES = {DOWN_ROLE: DOWN, UP_ROLE: UP, MAGNITUDE: DORA}

@@ -10,8 +10,7 @@ from typing import Any
 
 from musubi_tuner.common.errors import ConfigErrors, UserError, did_you_mean
 from musubi_tuner.common.text_files import read_toml
-
-from .network_args import NetworkArgs, boolean, parse_network_args, probability
+from musubi_tuner.networks.network_args import NetworkArgs, boolean, parse_network_args, probability
 
 ALGOS = ("lora", "locon", "loha", "lokr", "ia3")
 _OTHERS = ("full", "glora", "dylora", "diag-oft", "boft", "tlora", "norm")

@@ -12,9 +12,9 @@ from torch import Tensor
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo
+from musubi_tuner.networks.adapter_math import kind_of, shape_of
 
 from .adapter_keys import ALPHA, DOWN, MAGNITUDE, UP, Adapters, is_lora, parse_keys
-from .adapter_math import kind_of, shape_of
 from .alpha_notes import AlphaNote, read_notes, unfold
 from .formats import FLAT, Format
 from .peft_config import PEFT_METADATA, peft_alpha, peft_config

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from musubi_tuner.common.errors import UserError
+from musubi_tuner.networks.names import canonical_name
 
 from .formats import Format, format_of
-from .names import canonical_name
 
 DOWN, UP, ALPHA, MAGNITUDE = "down", "up", "alpha", "magnitude"
 

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.network import LYCORIS
+from musubi_tuner.networks.adapter_math import delta_norm
+from musubi_tuner.networks.adapter_network import AdapterNetwork, LoadReport, compare_modules
+from musubi_tuner.networks.attached import Switch
+from musubi_tuner.networks.files.formats import Format
+from musubi_tuner.networks.targets import modality_of
+from musubi_tuner.networks.verdict import StreamChange, Verdict
 
-from .adapter_math import delta_norm
-from .adapter_network import AdapterNetwork, LoadReport, compare_modules
-from .attached import Switch
-from .formats import Format
-from .lycoris_files import LycorisFile, LycorisModule, LycorisReader, stored_over_base, write_lycoris
-from .lycoris_layer import LycorisLinear
-from .lycoris_options import LycorisOptions
-from .targets import modality_of
-from .verdict import StreamChange, Verdict
+from .files import LycorisFile, LycorisModule, LycorisReader, stored_over_base, write_lycoris
+from .layer import LycorisLinear
+from .options import LycorisOptions
 
 _NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "ia3": "IA3"}
 

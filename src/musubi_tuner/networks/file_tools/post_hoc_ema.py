@@ -15,10 +15,9 @@ from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
-
-from .adapter_file import FLOATS, AdapterFile
-from .alpha_notes import NOTES
-from .hashes import LEGACY_HASH, MODEL_HASH, TensorSpec, write_safetensors
+from musubi_tuner.networks.files.adapter_file import FLOATS, AdapterFile
+from musubi_tuner.networks.files.alpha_notes import NOTES
+from musubi_tuner.networks.files.hashes import LEGACY_HASH, MODEL_HASH, TensorSpec, write_safetensors
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,12 @@ from torch import Tensor
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
-
-from .adapter_file import FLOATS, KEPT_PEFT, AdapterFile
-from .adapter_keys import ALPHA, DOWN, MAGNITUDE, UP, is_lora
-from .alpha_notes import NOTES, AlphaNote, fold, restoring_dtype, write_notes
-from .formats import FLAT, SPELLINGS, Format
-from .hashes import LEGACY_HASH, MODEL_HASH, TensorSpec, write_safetensors
-from .peft_config import PEFT_METADATA
+from musubi_tuner.networks.files.adapter_file import FLOATS, KEPT_PEFT, AdapterFile
+from musubi_tuner.networks.files.adapter_keys import ALPHA, DOWN, MAGNITUDE, UP, is_lora
+from musubi_tuner.networks.files.alpha_notes import NOTES, AlphaNote, fold, restoring_dtype, write_notes
+from musubi_tuner.networks.files.formats import FLAT, SPELLINGS, Format
+from musubi_tuner.networks.files.hashes import LEGACY_HASH, MODEL_HASH, TensorSpec, write_safetensors
+from musubi_tuner.networks.files.peft_config import PEFT_METADATA
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,22 @@ from lycoris.functional.lokr import kron_bypass
 from lycoris.modules import IA3Module, LoConModule, LohaModule, LokrModule
 from torch import Tensor, nn
 
+from musubi_tuner.networks.adapter_math import (
+    DORA,
+    DOWN,
+    UP,
+    Kind,
+    delta_rows,
+    kind_of,
+    lokr_shapes,
+    rank_of,
+    scale_of,
+    shape_of,
+)
+from musubi_tuner.networks.attached import AttachedLinear, Switch
 from musubi_tuner.quantization.rows import row_chunks
 
-from .adapter_math import DORA, DOWN, UP, Kind, delta_rows, kind_of, lokr_shapes, rank_of, scale_of, shape_of
-from .attached import AttachedLinear, Switch
-from .lycoris_options import LayerOptions
+from .options import LayerOptions
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)  # what it has to say of its choices is said here
 

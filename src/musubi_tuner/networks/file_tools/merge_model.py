@@ -23,13 +23,12 @@ from musubi_tuner.common.progress import bytes_progress
 from musubi_tuner.common.safetensors_io import write_streamed
 from musubi_tuner.models.ltx2.keys import transformer_keys
 from musubi_tuner.models.ltx2.quantize import is_target
+from musubi_tuner.networks.base_weights import BaseWeights
+from musubi_tuner.networks.files.formats import lengths_over_base
+from musubi_tuner.networks.files.lora_reader import LoraReader
+from musubi_tuner.networks.lycoris.files import LycorisReader, adapter_module, mergeable_sizes
 from musubi_tuner.quantization.fp8 import FP8_DTYPES, dequantize_fp8, quantize_fp8
 from musubi_tuner.quantization.rows import row_chunks
-
-from .base_weights import BaseWeights
-from .formats import lengths_over_base
-from .lora_reader import LoraReader
-from .lycoris_files import LycorisReader, adapter_module, mergeable_sizes
 
 logger = logging.getLogger(__name__)
 

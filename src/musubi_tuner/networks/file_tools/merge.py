@@ -22,11 +22,10 @@ from torch import Tensor
 from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import progress
-
-from .formats import Format
-from .lora_file import LoraModule, ModuleInfo
-from .lora_reader import LoraReader, refuse_dora
-from .lora_writer import write_lora
+from musubi_tuner.networks.files.formats import Format
+from musubi_tuner.networks.files.lora_file import LoraModule, ModuleInfo
+from musubi_tuner.networks.files.lora_reader import LoraReader, refuse_dora
+from musubi_tuner.networks.files.lora_writer import write_lora
 
 logger = logging.getLogger(__name__)
 

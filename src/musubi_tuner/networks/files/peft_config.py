@@ -10,9 +10,9 @@ from typing import Any
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.text_files import read_text
+from musubi_tuner.networks.names import diffusers_name
 
 from .formats import Format
-from .names import diffusers_name
 
 PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_CONFIG = "adapter_config.json"

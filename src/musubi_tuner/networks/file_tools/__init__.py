@@ -1,0 +1,1 @@
+"""What the scripts for LoRA files do: converting, merging, extracting, averaging."""

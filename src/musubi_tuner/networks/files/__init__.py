@@ -1,0 +1,1 @@
+"""Files of LoRA and LyCORIS networks: their formats, reading, writing, hashes."""

@@ -1,0 +1,1 @@
+"""Networks of the LyCORIS library, in this trainer's shape."""

@@ -365,7 +365,7 @@ def test_missing_and_foreign_files(tmp_path):
         load_lora(tmp_path / "text.safetensors")
     whole = save_lora(random_lora({NAME: (2, 3, 4, None)}), tmp_path / "cut.safetensors")
     whole.write_bytes(whole.read_bytes()[:-8])
-    with pytest.raises(UserError, match="cut.safetensors is truncated.*copy or download it again"):
+    with pytest.raises(UserError, match="cut.safetensors is truncated.*make, copy or download it again"):
         load_lora(whole)
 
 

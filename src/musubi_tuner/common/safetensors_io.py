@@ -89,7 +89,7 @@ class SafetensorsFile:
         if end > size:
             raise UserError(
                 f"{self.path} is truncated: its header announces {end} bytes, the file has {size}; "
-                "copy or download it again"
+                "make, copy or download it again"
             )
 
     def read(
@@ -211,7 +211,7 @@ def _read_header(path: Path) -> tuple[dict, int, int]:
             raise UserError(f"{path} is a folder; expected a .safetensors file") from None
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if len(raw) < length and raw.lstrip()[:1] == b"{":
-        raise UserError(f"{path} is truncated within its header; copy or download it again")
+        raise UserError(f"{path} is truncated within its header; make, copy or download it again")
     try:
         header = json.loads(raw)
     except (UnicodeDecodeError, json.JSONDecodeError):

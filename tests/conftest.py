@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,28 @@ from filelock import FileLock
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# Modules of many seconds, roughly by time. The second needs nothing that the first makes for all, and would wait for.
+LONG = (
+    *("test_training_runs", "test_estimate", "test_processes", "test_killed_runs", "test_caching_scripts"),
+    *("test_calibrated_runs", "test_compiled_blocks", "test_generate", "test_lycoris_runs", "test_manifest_runs"),
+    *("test_conditioned_scripts", "test_loftq_own_base", "test_fused_backward", "test_memory_runs", "test_assets"),
+    *("test_saving_runs", "test_memory_outlook", "test_device_waits", "test_tracking", "test_network_runs"),
+    *("test_jsonl_runs", "test_validation", "test_dora", "test_transformer_compile", "test_compiled_runs"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long modules first: a worker that ends with one keeps the others waiting."""
+    place = {name: index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported stays; collecting garbage need not visit its million objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +90,7 @@ def run_caching(assets, mode: str) -> None:
     dataset = assets.audio_dataset if mode == "audio" else assets.dataset
     common = ["--dataset_config", str(dataset), "--ltx2_checkpoint", str(assets.checkpoint)]
     common += ["--ltx2_mode", mode]
-    cache_latents([*common, "--vae_dtype", "fp32", "--num_workers", "1"])
+    cache_latents([*common, "--vae_dtype", "fp32", "--ltx2_audio_dtype", "fp32", "--num_workers", "1"])
     prompts = ["--precache_sample_prompts", "--sample_prompts", str(assets.prompts)]
     cache_text([*common, "--gemma_root", str(assets.gemma), *prompts])
 

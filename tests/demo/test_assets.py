@@ -8,7 +8,6 @@ import torch
 
 from musubi_tuner.common.av import AV
 from musubi_tuner.dataset.schema import load_dataset_config
-from musubi_tuner.demo.assets import write_assets
 from musubi_tuner.demo.checkpoint import write_checkpoint
 from musubi_tuner.demo.clips import CLIPS_DIR, shipped_clips
 from musubi_tuner.demo.fit import _read_pixels, read_sound
@@ -23,8 +22,9 @@ from musubi_tuner.models.video_vae import load_video_vae
 
 
 @pytest.fixture(scope="module", params=["2.0", "2.3"])
-def assets(request, tmp_path_factory):
-    return request.param, write_assets(tmp_path_factory.mktemp("assets"), request.param)
+def assets(request, demo_assets):
+    """Version, and what ``write_assets`` made for all tests. Read only."""
+    return request.param, demo_assets(request.param)
 
 
 def test_shipped_clips_are_small_attributed_and_have_sound():

@@ -244,7 +244,8 @@ def test_a_damaged_file_does_not_stop_prepared_clips(videos: Path) -> None:
 def test_a_dry_run_writes_nothing_and_knows_the_size(cached_demo, capsys) -> None:
     demo = cached_demo()
     before = sorted(demo.cache.parent.rglob("*"))
-    common = ("--dataset_config", demo.dataset, "--ltx2_mode", "av", "--dry_run", "--vae_dtype", "fp32")
+    common = ("--dataset_config", demo.dataset, "--ltx2_mode", "av", "--dry_run")
+    common += ("--vae_dtype", "fp32", "--ltx2_audio_dtype", "fp32")
     assert _status(cache_latents, *common) == 0
     assert sorted(demo.cache.parent.rglob("*")) == before
     said = capsys.readouterr().err

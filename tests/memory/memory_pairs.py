@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -125,9 +126,9 @@ def share_a_value(first: Technique, second: Technique) -> bool:
     )
 
 
-def refusals(techniques: Iterable[Technique]) -> list[str]:
+@cache
+def refusals(techniques: tuple[Technique, ...]) -> list[str]:
     """What the rules say, but for the files that every run needs."""
-    techniques = tuple(techniques)
     request = parsed(techniques)
     found = said_of(request)
     optimizer, processes = request.config.optimizer, max((t.processes for t in techniques), default=1)

@@ -105,9 +105,13 @@ class Loader:
         yield from self.batches[start:]
 
 
+class Seen(Exception):
+    """What a test wanted to see has happened."""
+
+
 @dataclass
 class PerStep:
-    """The waits of each step."""
+    """The waits of each step; ends the run with the second, which has prepared the third one's first batch by then."""
 
     waits: Waits
     steps: list[dict[str, int]] = field(default_factory=list)
@@ -118,6 +122,8 @@ class PerStep:
     def on_step(self, report, progress) -> None:
         self.steps.append(self.waits.found())
         self.waits.counts.clear()
+        if len(self.steps) == 2:
+            raise Seen
 
     def on_epoch_end(self, epoch, progress) -> None:
         pass
@@ -154,7 +160,7 @@ def waits_of_a_step(batches: list[Batch], *, optimizer: str = "AdamW", **options
     at_once = patch.object(pace, "ThreadPoolExecutor", AtOnce)
     with Waits() as waits, patch.object(torch, "tensor", waits.tensor), at_once:
         listener = PerStep(waits)
-        Trainer(
+        trainer = Trainer(
             transformer,
             parameters,
             made,
@@ -165,7 +171,9 @@ def waits_of_a_step(batches: list[Batch], *, optimizer: str = "AdamW", **options
             [listener],
             audio_watch=AudioWatch(balance=BalanceSettings("ema_mag")),
             norm_groups={"video": parameters[:4]},
-        ).run()
+        )
+        with pytest.raises(Seen):
+            trainer.run()
     return listener.steps[1]
 
 
@@ -178,7 +186,7 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_an_optimizer_step_reads_from_its_device_once(batch: Batch, accumulation: int):
     """The losses and norms; neither noise, conditions and text of the next batches nor the model wait."""

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -93,7 +94,8 @@ class FlagSpec:
         return names.get(self.item_type, self.item_type.__name__)
 
 
-def flag_specs(config_class: type) -> list[FlagSpec]:
+@cache
+def flag_specs(config_class: type) -> tuple[FlagSpec, ...]:
     """All flags of a script's configuration, in order of declaration."""
     specs = []
     for group, group_class in _groups(config_class):
@@ -103,7 +105,7 @@ def flag_specs(config_class: type) -> list[FlagSpec]:
             if info is not None:
                 item_type, choices, is_list = _read_type(hints[f.name])
                 specs.append(FlagSpec(f.name, group, info, default_of(f), item_type, choices, is_list))
-    return specs
+    return tuple(specs)
 
 
 def group_titles(config_class: type) -> dict[str, str]:

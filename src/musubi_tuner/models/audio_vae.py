@@ -9,18 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKLLTX2Audio
-from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 from torch import Tensor
-from transformers.audio_utils import mel_filter_bank
 
 from musubi_tuner.common.errors import UserError
 
 from .checkpoint import Checkpoint
 from .component_loading import Component, build_empty, fill, read_renamed
+
+if TYPE_CHECKING:  # diffusers takes seconds to import, and few runs come to a VAE
+    from diffusers import AutoencoderKLLTX2Audio
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 
 SAMPLE_RATE = 16000
 N_FFT = 1024
@@ -62,6 +63,8 @@ def log_mel(waveform: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _mel_filters() -> Tensor:
     """[513, 64]"""
+    from transformers.audio_utils import mel_filter_bank
+
     filters = mel_filter_bank(
         num_frequency_bins=N_FFT // 2 + 1,
         num_mel_filters=MEL_BINS,
@@ -209,6 +212,8 @@ def load_audio_vae(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.
     Raises:
         UserError: the file has none, or one that is not supported.
     """
+    from diffusers import AutoencoderKLLTX2Audio
+
     checkpoint.require("audio_vae", "audio")
     config = audio_vae_config(checkpoint.config.get("audio_vae", {}))
     vae = build_empty(lambda: AutoencoderKLLTX2Audio(**config))
@@ -325,6 +330,8 @@ def load_vocoder(checkpoint: Checkpoint, *, device: torch.device | str = "cpu") 
     Raises:
         UserError: the file has none, or one that is not supported.
     """
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
+
     checkpoint.require("vocoder", "decoding audio")
     keys = checkpoint.component_keys("vocoder")
     has_bwe = any(name.startswith("bwe_generator.") for name in keys)

@@ -8,10 +8,9 @@ projection a modality.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from torch import Tensor
 
 from musubi_tuner.common.errors import UserError
@@ -19,6 +18,9 @@ from musubi_tuner.common.safetensors_io import TensorInfo
 
 from .checkpoint import TEXT_PROJECTION_PREFIX, Checkpoint
 from .component_loading import Component, build_empty, fill, read_renamed
+
+if TYPE_CHECKING:  # diffusers takes seconds to import, and few runs encode prompts
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
 _SHARED_PROJECTION = TEXT_PROJECTION_PREFIX + "aggregate_embed.weight"
 _VIDEO_PROJECTION = TEXT_PROJECTION_PREFIX + "video_aggregate_embed.weight"
@@ -173,6 +175,8 @@ def load_connectors(
     Raises:
         UserError: the file has none, or such as do not fit the text encoder.
     """
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
     checkpoint.require("connectors", "encoding prompts")
     keys = checkpoint.component_keys("connectors")
     tensors = {name: checkpoint.tensors[key] for name, key in keys.items()}

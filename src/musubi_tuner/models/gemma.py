@@ -10,13 +10,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import bytes_progress
@@ -25,6 +23,10 @@ from musubi_tuner.common.safetensors_io import SafetensorsFile
 from .component_loading import fill
 from .gemma_parts import build_text_model, find_model_folder, language_model_name, load_tokenizer
 from .gemma_single_file import load_single_file
+
+if TYPE_CHECKING:  # transformers takes a second or two to import, and few runs encode prompts
+    from transformers import BitsAndBytesConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +183,8 @@ def _load_folder(folder: Path, *, dtype: torch.dtype, device: torch.device | str
     ``from_pretrained`` of the text class would not do: it finds none of the keys of a multimodal folder and
     leaves random weights behind, with only a report printed.
     """
+    from transformers import AutoConfig
+
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise UserError(f"{folder} is already quantised; use the original folder, with --gemma_load_in_8bit or 4bit")
@@ -220,6 +224,8 @@ def _load_quantised(
 
 
 def _bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
     if quantization.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

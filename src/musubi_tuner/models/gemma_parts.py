@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PretrainedConfig
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from musubi_tuner.common.errors import UserError
 
 from .component_loading import build_empty
+
+if TYPE_CHECKING:  # transformers takes a second or two to import, and few runs encode prompts
+    from transformers import PretrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # Heads of language model keys, most specific first: multimodal export, Transformers 5, text-only export.
 _LANGUAGE_MODEL_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
@@ -32,6 +35,8 @@ def load_tokenizer(root: Path) -> Tokenizer:
     Raises:
         UserError: there is none, or it is damaged.
     """
+    from transformers import AutoTokenizer
+
     for name in ("tokenizer.json", "tokenizer.model"):
         if root.is_dir() and any(root.rglob(name)):
             folder = _find_folder(root, name, "a tokenizer", False)
@@ -68,6 +73,8 @@ def language_model_name(key: str) -> str | None:
 
 def build_text_model(config: PretrainedConfig) -> nn.Module:
     """The language model of ``config`` with its parameters on the meta device."""
+    from transformers import AutoModel
+
     text_config = config.get_text_config()
     # fp32 while building: the rotary frequencies are computed here and must not be rounded.
     return build_empty(lambda: AutoModel.from_config(text_config, dtype=torch.float32))

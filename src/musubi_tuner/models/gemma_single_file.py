@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, Gemma3TextConfig, PretrainedConfig, PreTrainedTokenizerFast
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo
@@ -20,6 +18,10 @@ from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo
 from .checkpoint import parse_metadata
 from .component_loading import fill
 from .gemma_parts import build_text_model, language_model_name, load_tokenizer
+
+if TYPE_CHECKING:  # transformers takes a second or two to import, and few runs encode prompts
+    from transformers import Gemma3TextConfig, PretrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = (".weight_scale", ".scale_weight")
@@ -145,6 +147,8 @@ def _refuse_packed(file: SafetensorsFile, names: Mapping[str, str]) -> None:
 
 def _config(file: SafetensorsFile, names: Mapping[str, str], root: str | Path | None) -> PretrainedConfig:
     """The configuration in the metadata, beside the file, below ``root``, or read from the shapes, in this order."""
+    from transformers import AutoConfig
+
     embedded = parse_metadata(file.metadata).get("gemma_config")
     if isinstance(embedded, dict) and embedded.get("model_type"):
         return AutoConfig.for_model(**embedded)
@@ -156,6 +160,8 @@ def _config(file: SafetensorsFile, names: Mapping[str, str], root: str | Path | 
 
 def _config_from_shapes(tensors: Mapping[str, TensorInfo]) -> Gemma3TextConfig:
     """Gemma 3 as released in 4B, 12B and 27B: what no shape shows is the same in all, but for the query scale."""
+    from transformers import Gemma3TextConfig
+
     vocabulary, hidden = tensors["embed_tokens.weight"].shape
     head_dim = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
     heads = tensors["layers.0.self_attn.q_proj.weight"].shape[0] // head_dim
@@ -199,6 +205,8 @@ def _tokenizer(file: SafetensorsFile, root: str | Path | None) -> Tokenizer | Se
 
 
 def _wrap(tokenizer: FastTokenizer) -> Tokenizer:
+    from transformers import PreTrainedTokenizerFast
+
     known = tokenizer.get_vocab()
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(

@@ -7,10 +7,9 @@ Latents are normalised per channel, which is all that the transformer, the cache
 from __future__ import annotations
 
 import types
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLLTX2Video
-from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d
 from torch import Tensor, nn
 
 from musubi_tuner.common.errors import UserError
@@ -19,6 +18,10 @@ from .checkpoint import Checkpoint
 from .component_loading import Component, build_empty, fill, read_renamed
 from .vae_tiling import Tiling, tiled_decode, tiled_encode
 from .video_vae_layout import KNOWN_CONFIGS, diffusers_config, infer_config, to_diffusers_name
+
+if TYPE_CHECKING:  # diffusers takes seconds to import, and few runs come to a VAE
+    from diffusers import AutoencoderKLLTX2Video
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d
 
 
 class VideoVAE(Component):
@@ -110,6 +113,8 @@ class VideoVAE(Component):
                 module.forward = types.MethodType(_chunked_forward(frames), module)
 
     def _encoder_convolutions(self) -> list[nn.Module]:
+        from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d
+
         encoder = self._module.encoder
         return [] if encoder is None else [m for m in encoder.modules() if isinstance(m, LTX2VideoCausalConv3d)]
 
@@ -141,7 +146,7 @@ def _chunked_forward(frames: int):
 
     def forward(self: LTX2VideoCausalConv3d, hidden_states: Tensor, causal: bool = True) -> Tensor:
         if not causal or hidden_states.shape[2] <= frames:
-            return LTX2VideoCausalConv3d.forward(self, hidden_states, causal=causal)
+            return type(self).forward(self, hidden_states, causal=causal)
         history = self.kernel_size[0] - 1
         carried = hidden_states[:, :, :1].expand(-1, -1, history, -1, -1)
         outputs = []
@@ -167,6 +172,8 @@ def load_video_vae(
     Raises:
         UserError: the file has no such half, or one that is not supported.
     """
+    from diffusers import AutoencoderKLLTX2Video
+
     names: dict[str, str] = {}
     if encoder:
         checkpoint.require("video_vae_encoder", "encoding videos")

@@ -366,6 +366,8 @@ def test_arguments_of_the_command_line():
     [
         ({"include_pattern": "[]"}, "unknown key 'include_pattern'.*did you mean 'include_patterns'"),
         ({"include_patterns": "['unclosed"}, "include_patterns=.*not a Python literal"),
+        ({"include_patterns": "attn1"}, "include_patterns=attn1: not a Python literal; expected a list of strings"),
+        ({"rank_pattern": "attn1:8"}, "rank_pattern=attn1:8: not a Python literal; expected a table"),
         ({"include_patterns": "'.*to_k$'"}, "expected a list of strings"),
         ({"rank_dropout": "1.0"}, r"expected a number in \[0, 1\)"),
         ({"audio_dim": "0"}, "expected an integer >= 1"),

@@ -114,7 +114,8 @@ def test_network_module_from_elsewhere(tmp_path, monkeypatch):
     [
         ("networks.lora_ltx", "did you mean 'networks.lora_ltx2'"),
         ("lycoriss.kohya", "did you mean 'lycoris.kohya'"),
-        ("json", "json has no function create_network"),
+        ("json", "json has no function create_network; known: networks.lora_ltx2, lycoris.kohya"),
+        ("networks.lora", r"no function create_network \(did you mean 'networks.lora_ltx2'"),
         ("..", "no such module"),
     ],
 )

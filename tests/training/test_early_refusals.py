@@ -13,6 +13,8 @@ REFUSED = {
     "floor": (["--lr_scheduler", "cosine_with_min_lr"], "--lr_scheduler_min_lr_ratio"),
     "optimizer": (["--optimizer_type", "AdamWW"], "torch.optim has no class AdamWW"),
     "network option": (["--network_args", "loraplus"], "expected key=value, got 'loraplus'"),
+    "network of another model": (["--network_module", "networks.lora_wan"], "no such module (did you mean"),
+    "no network": (["--network_module", "networks.lora"], "no function create_network"),
     "name with a folder": (["--output_name", "a/b"], "--output_name 'a/b': expected a name for files"),
     "no name": (["--output_name", ""], "--output_name '': expected a name for files"),
     "no optimizer": (["--optimizer_type", "torch.nn.Linear"], "no subclass of torch.optim.Optimizer"),

@@ -38,19 +38,20 @@ class NetworkArgs:
         return {k: v for k, v in vars(self).items() if v != default[k]}
 
 
-def _literal(value: object) -> Any:
+def _literal(value: object, expected: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        raise ValueError("not a Python literal") from None
+        raise ValueError(f"not a Python literal; {expected}") from None
 
 
 def _strings(value: object) -> tuple[str, ...]:
-    items = _literal(value)
+    expected = "expected a list of strings such as ['.*to_k$']"
+    items = _literal(value, expected)
     if not isinstance(items, (list, tuple)) or not all(isinstance(i, str) for i in items):
-        raise ValueError("expected a list of strings such as ['.*to_k$']")
+        raise ValueError(expected)
     return tuple(items)
 
 
@@ -86,9 +87,10 @@ def _at_least_one(value: object) -> int:
 
 def _table(of: Callable[[object], Any]) -> Callable[[object], dict[str, Any]]:
     def read(value: object) -> dict[str, Any]:
-        table = _literal(value)
+        expected = "expected a table such as {'attn1': 8}"
+        table = _literal(value, expected)
         if not isinstance(table, dict):
-            raise ValueError("expected a table such as {'attn1': 8}")
+            raise ValueError(expected)
         return {str(k): of(v) for k, v in table.items()}
 
     return read

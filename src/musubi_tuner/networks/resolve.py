@@ -28,12 +28,9 @@ def resolve_network_module(name: str) -> ModuleType:
             module = importlib.import_module(candidate)
             break
     else:
-        known = (*BUILT_IN, LYCORIS)
-        raise UserError(
-            f"--network_module {name}: no such module{did_you_mean(name, known)}; known: {', '.join(known)}"
-        )
+        raise UserError(f"--network_module {name}: no such module{_known(name)}")
     if not callable(getattr(module, "create_network", None)):
-        raise UserError(f"--network_module {name}: {module.__name__} has no function create_network")
+        raise UserError(f"--network_module {name}: {module.__name__} has no function create_network{_known(name)}")
     return module
 
 
@@ -46,6 +43,11 @@ def lycoris_bridge(what: str) -> ModuleType:
     if not _exists("lycoris"):
         raise UserError(f"{what} needs the LyCORIS library, which is not installed; {_INSTALL}")
     return importlib.import_module(_BRIDGE)
+
+
+def _known(name: str) -> str:
+    known = (*BUILT_IN, LYCORIS)
+    return f"{did_you_mean(name, known)}; known: {', '.join(known)}"
 
 
 def _exists(name: str) -> bool:

@@ -282,6 +282,8 @@ def check_choices(config: TrainNetworkConfig) -> None:
             bridge.check_file_arguments(file_options(config))
         else:
             bridge.check_formats(made_with(config), comfy=config.save.convert_to_comfy)
+    else:
+        resolve_network_module(config.network.network_module)  # says what is wrong with the name
     if config.network.network_weights is not None:
         # Says what is wrong with the file.
         (LycorisReader if config.network.network_module == LYCORIS else LoraReader)(config.network.network_weights)

@@ -187,6 +187,9 @@ def test_wrong_things_to_resume_from(tmp_path: Path):
     (tmp_path / "foreign").mkdir()
     with pytest.raises(UserError, match="has no training_state.json"):
         read_progress(tmp_path / "foreign")
+    saved(tmp_path / "x-step00000010-state")
+    with pytest.raises(UserError, match="it holds x-step00000010-state: give the path"):
+        read_progress(tmp_path)
 
 
 def test_other_optimizer_or_network_is_refused(tmp_path: Path):

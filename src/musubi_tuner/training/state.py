@@ -152,7 +152,9 @@ def _what_else(folder: Path) -> str:
             f"{folder / 'model.safetensors'}"
         )
     found = f"has no {_STATE_FILE}" if folder.is_dir() else "is not a folder"
-    return f"{found}; expected a folder written by --save_state of this trainer"
+    states = sorted(path.parent.name for path in folder.glob(f"*/{_STATE_FILE}"))
+    inside = f"; it holds {', '.join(states)}: give the path of one of these" if states else ""
+    return f"{found}; expected a folder written by --save_state of this trainer{inside}"
 
 
 def check_network(folder: Path, network: nn.Module, *, later: tuple[str, ...] = ()) -> None:

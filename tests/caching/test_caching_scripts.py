@@ -172,7 +172,10 @@ def test_a_corrupt_video_ends_with_status_1_unless_allowed(assets: Assets, caplo
         (
             cache_latents,
             ["--ltx2_checkpoint", "absent.safetensors", "--dataset_config", "absent.toml", "--vae_dtype", "int3"],
-            ["--ltx2_checkpoint absent.safetensors: not found", "--vae_dtype int3: expected one of"],
+            [
+                f"--ltx2_checkpoint absent.safetensors: not found (working directory: {Path.cwd()})",
+                "--vae_dtype int3: expected one of",
+            ],
         ),
         (
             cache_text,

@@ -82,12 +82,13 @@ def test_dashes_and_aliases_and_no_forms():
         (["--mode", "vid"], "expected one of video, av"),
         (["stray"], "unexpected argument 'stray'"),
         (["--coun", "3"], "unknown flag --coun"),  # no abbreviations
+        (["--loftq_own_base"], "unknown flag --loftq_own_base (a flag of ltx2_quantize_model.py)"),
         (["--rate", "nan"], "--rate: expected a number, got 'nan'"),
         (["--path", "-x"], "--path: expected one argument; one that begins with - is written --path=-x"),
         (["--the_mode"], "--mode: expected one argument"),
         (["--fast=true"], "--fast: takes no value"),
         (["--fast", "true"], "unexpected argument 'true'; switches take no value"),
-        (["--path", "a", "b"], "unexpected argument 'b'; put values with spaces in quotes"),
+        (["--path", "a", "b"], "unexpected argument 'b'; a value stands behind its flag; put values with"),
     ],
 )
 def test_bad_flags_are_one_message(argv: list[str], message: str):

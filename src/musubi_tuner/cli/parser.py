@@ -270,14 +270,22 @@ def _reject_unknown(unknown: Sequence[str], specs: Iterable[FlagSpec]) -> None:
     for argument in unknown:
         if argument.startswith("--"):
             name = argument[2:].partition("=")[0]
-            messages.append(f"unknown flag --{name}{did_you_mean(name, known, flags=True)}")
+            messages.append(f"unknown flag --{name}{_elsewhere(name) or did_you_mean(name, known, flags=True)}")
         elif not messages:
             messages.append(f"unexpected argument {argument!r}; {_remedy(argument)}")
     if messages:
         raise UserError("; ".join(messages))
 
 
+def _elsewhere(name: str) -> str:
+    """`` (a flag of ...)`` where other scripts have the flag, else an empty string."""
+    from .scripts import SCRIPTS  # the flags of every script, only wanted for this message
+
+    scripts = [script for script, config in SCRIPTS.items() if name in spelling_table(flag_specs(config))]
+    return f" (a flag of {', '.join(scripts)})" if scripts else ""
+
+
 def _remedy(stray: str) -> str:
     if stray.lower() in ("true", "false"):
         return "switches take no value: --x turns on, --no_x turns off"
-    return "put values with spaces in quotes"
+    return "a value stands behind its flag; put values with spaces in quotes"

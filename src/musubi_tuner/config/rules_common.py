@@ -15,7 +15,8 @@ def missing(paths: Mapping[str, Path | None]) -> Iterable[str]:
     """Flags whose file or folder does not exist."""
     for name, path in paths.items():
         if path is not None and not path.exists():
-            yield f"--{name} {path}: not found"
+            where = "" if path.is_absolute() else f" (working directory: {Path.cwd()})"
+            yield f"--{name} {path}: not found{where}"
 
 
 def folder(name: str, path: Path | None) -> Iterable[str]:

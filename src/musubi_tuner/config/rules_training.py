@@ -45,7 +45,7 @@ def required(config: TrainNetworkConfig) -> Iterable[str]:
             "gemma_safetensors": config.gemma.gemma_safetensors,
         }
     )
-    yield from (f"--base_weights {p}: not found" for p in config.network.base_weights if not p.exists())
+    yield from (message for p in config.network.base_weights for message in missing({"base_weights": p}))
     yield from folder("output_dir", config.save.output_dir)
     yield from file_name("output_name", config.save.output_name)
     yield from resume_exists(config.save, config.hub)

@@ -306,3 +306,18 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"tokenizer.json: not a readable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "config.json: not a readable configuration .*model_type"),
+        ("no json", "config.json: not a readable configuration"),
+        ('{"model_type": "llama"}', "config.json: is of a model of type llama; expected Gemma 3"),
+    ],
+)
+def test_a_configuration_of_no_gemma_is_named(folder, checkpoint, tmp_path, text, message):
+    shutil.copytree(folder, tmp_path / "gemma")
+    (tmp_path / "gemma" / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_text_encoder(checkpoint, gemma_root=tmp_path / "gemma", dtype=torch.float32)

@@ -21,11 +21,11 @@ from musubi_tuner.common.progress import bytes_progress
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 
 from .component_loading import fill
-from .gemma_parts import build_text_model, find_model_folder, language_model_name, load_tokenizer
+from .gemma_parts import build_text_model, find_model_folder, language_model_name, load_config, load_tokenizer
 from .gemma_single_file import load_single_file
 
 if TYPE_CHECKING:  # transformers takes a second or two to import, and few runs encode prompts
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, PretrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -154,10 +154,11 @@ def load_gemma(
         return Gemma(model, tokenizer, max_length=max_length)
     assert root is not None
     folder = find_model_folder(Path(root))
+    config = load_config(folder)  # before the tokenizer, whose library would blame itself
     tokenizer = load_tokenizer(Path(root))
     if quantization is not None:
         return Gemma(_load_quantised(folder, quantization, dtype, device), tokenizer, max_length=max_length)
-    return Gemma(_load_folder(folder, dtype=dtype, device=device), tokenizer, max_length=max_length)
+    return Gemma(_load_folder(folder, config, dtype=dtype, device=device), tokenizer, max_length=max_length)
 
 
 def check_quantization(quantization: Quantization, device: torch.device | str, *, single_file: bool = False) -> None:
@@ -177,15 +178,14 @@ def check_quantization(quantization: Quantization, device: torch.device | str, *
         raise UserError(f'{flag} needs bitsandbytes: pip install "bitsandbytes>=0.48"') from None
 
 
-def _load_folder(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def _load_folder(
+    folder: Path, config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
     """Stream the shards into the text model.
 
     ``from_pretrained`` of the text class would not do: it finds none of the keys of a multimodal folder and
     leaves random weights behind, with only a report printed.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise UserError(f"{folder} is already quantised; use the original folder, with --gemma_load_in_8bit or 4bit")
     model = build_text_model(config)

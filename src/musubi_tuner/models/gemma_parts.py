@@ -29,6 +29,25 @@ def find_model_folder(root: Path) -> Path:
     return _find_folder(root, "model*.safetensors", "the weights (model*.safetensors) beside a config.json", True)
 
 
+def load_config(folder: Path) -> PretrainedConfig:
+    """The ``config.json`` of a Gemma folder.
+
+    Raises:
+        UserError: it is damaged, or of another kind of model.
+    """
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # missing or wrong entries raise all kinds
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"{file}: not a readable configuration ({reason}); download it again") from error
+    if not config.model_type.startswith("gemma"):
+        raise UserError(f"{file}: is of a model of type {config.model_type}; expected Gemma 3, give its folder")
+    return config
+
+
 def load_tokenizer(root: Path) -> Tokenizer:
     """The tokenizer at or below ``root``.
 

@@ -17,7 +17,7 @@ from musubi_tuner.common.safetensors_io import SafetensorsFile, TensorInfo
 
 from .checkpoint import parse_metadata
 from .component_loading import fill
-from .gemma_parts import build_text_model, language_model_name, load_tokenizer
+from .gemma_parts import build_text_model, language_model_name, load_config, load_tokenizer
 
 if TYPE_CHECKING:  # transformers takes a second or two to import, and few runs encode prompts
     from transformers import Gemma3TextConfig, PretrainedConfig
@@ -154,7 +154,7 @@ def _config(file: SafetensorsFile, names: Mapping[str, str], root: str | Path | 
         return AutoConfig.for_model(**embedded)
     for folder in (file.path.parent, *(() if root is None else (Path(root),))):
         if (folder / "config.json").is_file():
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
+            return load_config(folder)
     return _config_from_shapes({name: file.tensors[key] for name, key in names.items()})
 
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from test_calibrated_runs import LOFTQ, on, quantised, same_files
 from test_training_runs import arguments, refused
 
+from musubi_tuner.config.loftq_names import loftq_path
 from musubi_tuner.ltx2_generate_video import main as generate
 from musubi_tuner.ltx2_merge_lora_to_model import main as merge
 from musubi_tuner.ltx2_train_network import main as train
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.keys import transformer_keys
 from musubi_tuner.networks.files.lora_reader import load_lora
-from musubi_tuner.networks.loftq import loftq_path
 from musubi_tuner.quantization.nf4 import dequantize_nf4
 
 OWN = ("--loftq_init", "--loftq_own_base", "--network_dim", "4")

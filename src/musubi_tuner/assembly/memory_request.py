@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 
 from musubi_tuner.common.safetensors_io import TensorInfo
+from musubi_tuner.config.model import Mode
 from musubi_tuner.memory.activations import Adapted, layer_sizes
 from musubi_tuner.memory.estimate import Weights
 from musubi_tuner.memory.proposals import PossibleBases
-from musubi_tuner.models.ltx2.config import Mode, TransformerConfig
+from musubi_tuner.models.ltx2.config import TransformerConfig
 from musubi_tuner.models.ltx2.keys import in_mode, transformer_keys
 from musubi_tuner.models.ltx2.quantize import Quantization, is_target, stored_transformer
 from musubi_tuner.quantization.packed import packed_bytes

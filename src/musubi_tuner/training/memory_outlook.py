@@ -25,6 +25,7 @@ from musubi_tuner.common.devices import free_host_memory, is_out_of_memory, peak
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.tables import format_bytes, format_table
+from musubi_tuner.config.model import Mode
 from musubi_tuner.config.network import LYCORIS
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
@@ -32,7 +33,7 @@ from musubi_tuner.memory.activations import Adapted, BatchShape, Numbers
 from musubi_tuner.memory.estimate import Estimate, Request, Trained, estimate, optimizer_state_bytes
 from musubi_tuner.memory.proposals import Limits, PossibleBases, Proposal, propose, smallest
 from musubi_tuner.models.checkpoint import Checkpoint, Component
-from musubi_tuner.models.ltx2.config import Mode, TransformerConfig
+from musubi_tuner.models.ltx2.config import TransformerConfig
 from musubi_tuner.models.ltx2.load import transformer_config
 from musubi_tuner.networks.files.lora_reader import LoraReader
 from musubi_tuner.networks.lora_ltx2 import planned_ranks

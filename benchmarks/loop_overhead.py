@@ -1,9 +1,9 @@
 """What the training loop costs around the model: time of a step outside forward, backward and optimizer.
 
-The real script trains a small transformer on cache files as a user would run it; timers lie
-around the parts of its loop. In the same run, and in turn with it, a bare loop takes steps with the same model,
-parameters and optimizer class on batches that are ready in memory: forward, loss, backward, optimizer, one number
-read. So "bare" is what the model alone costs.
+The real script trains a small transformer on cache files as a user would run it; timers lie around the parts of its
+loop. In the same run, and in turn with it, a bare loop takes steps with the same model, parameters and optimizer class
+on batches that are ready in memory: forward, loss, backward, optimizer, one number read. So "bare" is what the model
+alone costs.
 
     python benchmarks/loop_overhead.py                       # CPU, one thread, about 50 ms a step
     python benchmarks/loop_overhead.py --tokens 420 --workers 0

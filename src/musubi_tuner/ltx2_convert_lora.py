@@ -14,8 +14,9 @@ from musubi_tuner.config.convert import ConvertConfig, convert_rules, part_path,
 )
 def main(parsed: Parsed[ConvertConfig]) -> None:
     from musubi_tuner.common.dtypes import parse_dtype
-    from musubi_tuner.networks.file_tools.convert import AdapterFile, Part, convert_adapter
+    from musubi_tuner.networks.file_tools.convert import Part, convert_adapter
     from musubi_tuner.networks.file_tools.magnitudes import comfy_magnitudes
+    from musubi_tuner.networks.files.adapter_file import AdapterFile
     from musubi_tuner.networks.targets import output_stream
 
     files, options = parsed.config.files, parsed.config.options

@@ -1,4 +1,5 @@
 import threading
+import time
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -155,12 +156,24 @@ def test_number_of_workers(cached: TrainingSet, monkeypatch, asked: int, cpus: i
     assert BatchLoader(plan, workers=asked).workers == given
 
 
-def test_workers_read_two_batches_each_ahead_and_end_with_the_epoch(cached: TrainingSet) -> None:
+def test_workers_read_two_batches_each_ahead_and_end_with_the_epoch(cached: TrainingSet, monkeypatch) -> None:
+    begun = []
+
+    def reading(training_set: TrainingSet, spec: BatchSpec, pool: BlockPool) -> Batch:
+        begun.append(spec)
+        return load_batch(training_set, spec, pool)
+
     def readers() -> int:
         return sum(thread.name.startswith("read-ahead") for thread in threading.enumerate())
 
+    monkeypatch.setattr(loader_module, "load_batch", reading)
     batches = BatchLoader(BatchPlan(cached, seed=3), workers=2).epoch(0)
     next(batches)
+    deadline = time.monotonic() + 5
+    while len(begun) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.01)
+    assert len(begun) == 4
     assert readers() == 2
     batches.close()
     assert readers() == 0

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from musubi_tuner.config.model import Mode
 from musubi_tuner.models.checkpoint import Checkpoint
-from musubi_tuner.models.ltx2.keys import Mode
 from musubi_tuner.models.ltx2.load import Edits
 from musubi_tuner.models.ltx2.quantize import Quantization
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 import torch
 
 from musubi_tuner.common.safetensors_io import TensorInfo
+from musubi_tuner.config.model import Mode
 from musubi_tuner.memory.activations import Adapted, layer_sizes
 from musubi_tuner.memory.estimate import Weights
-from musubi_tuner.models.ltx2.config import Mode, TransformerConfig
+from musubi_tuner.memory.proposals import PossibleBases
+from musubi_tuner.models.ltx2.config import TransformerConfig
 from musubi_tuner.models.ltx2.keys import in_mode, transformer_keys
 from musubi_tuner.models.ltx2.quantize import Quantization, is_target, stored_transformer
 from musubi_tuner.quantization.packed import packed_bytes
@@ -69,8 +71,8 @@ def _held(
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def possible_bases(base: Base) -> dict[str, tuple[Weights, tuple[str, ...]]]:
-    """Ways to hold the base weights that take no more than the run's own: weights, and the flags to add."""
+def possible_bases(base: Base) -> PossibleBases:
+    """Ways to hold the base weights that take no more than the run's own."""
 
     def held(quantization: Quantization) -> Weights:
         return base_weights(replace(base, quantization=quantization))

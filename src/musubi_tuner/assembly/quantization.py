@@ -11,12 +11,14 @@ import torch
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.config.memory import CalibrationConfig, QuantizationConfig
 from musubi_tuner.models.checkpoint import Checkpoint
-from musubi_tuner.models.ltx2.keys import Mode, in_mode
+from musubi_tuner.models.ltx2.keys import in_mode
 from musubi_tuner.models.ltx2.quantize import Quantization, Quantize, is_target, quantize_plainly, stored_transformer
 from musubi_tuner.networks.loftq import LoftQ, StoredLoftQ
 from musubi_tuner.networks.lora_network import LoRANetwork
 from musubi_tuner.quantization.fp8_products import Fp8Products, find_products
 from musubi_tuner.quantization.stored import NF4_BLOCK_KEY
+
+from .base import Base
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +32,12 @@ class LoftQRequest:
     """How the LoRA of a quantised base starts.
 
     Attributes:
-        iterations: of the alternation, where the base is quantised while it is loaded.
-        file: the factors of a base that is quantised already.
-        own_base: the weights of that base were quantised less these factors.
+        iterations: of the alternation.
+        file: the factors of a base that is quantised already; ``None``: they are made while it is loaded.
     """
 
     iterations: int
     file: StoredLoftQ | None = None
-    own_base: bool = False
 
 
 def quantization_settings(
@@ -102,7 +102,7 @@ def loftq_request(
         )
     file = StoredLoftQ(checkpoint.path, rank, checkpoint.metadata.get(NF4_BLOCK_KEY), stored.own_base)
     file.check_base(checkpoint.path)
-    return LoftQRequest(made_with, file, own_base=stored.own_base is not None)
+    return LoftQRequest(made_with, file)
 
 
 class LoftQStart:
@@ -115,17 +115,17 @@ class LoftQStart:
         UserError: none of the adapted weights is of those that are quantised.
     """
 
-    def __init__(self, request: LoftQRequest, network: LoRANetwork, checkpoint: Checkpoint, streams: Mode) -> None:
+    def __init__(self, request: LoftQRequest, network: LoRANetwork, base: Base) -> None:
         self._total = len(network.modules_by_name)
         if not any(is_target(f"{name}.weight") for name in network.modules_by_name):
             raise UserError(_NOTHING)
         self.quantize: Quantize = quantize_plainly
         if request.file is not None:
-            held = [
-                name for name in stored_transformer(checkpoint).scales if is_target(name) and in_mode(name, streams)
-            ]
-            packed = [name.removesuffix(".weight") for name in held]
-            self._started = request.file.start(network.modules_by_name, packed)
+            names = stored_transformer(base.checkpoint).scales
+            packed = [name for name in names if is_target(name) and in_mode(name, base.streams)]
+            self._started = request.file.start(
+                network.modules_by_name, [name.removesuffix(".weight") for name in packed]
+            )
         else:
             loftq = LoftQ(network.modules_by_name, request.iterations)
             self.quantize, self._started = loftq.quantize, loftq.started

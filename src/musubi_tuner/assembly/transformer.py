@@ -23,7 +23,6 @@ from musubi_tuner.memory.chunking import chunk_feed_forward, split_attention
 from musubi_tuner.memory.compilation import compile_blocks
 from musubi_tuner.memory.transfer import PinnedBudget, make_transfer
 from musubi_tuner.models.attention_backends import check_backend
-from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import build_transformer, load_transformer, transformer_config
 from musubi_tuner.models.ltx2.quantize import quantize_plainly
 from musubi_tuner.models.ltx2.transformer import LTX2Transformer
@@ -44,13 +43,13 @@ _PLAIN = MemorySettings()
 _PINNED_SHARE = 0.5
 
 
-def check_memory(settings: MemorySettings, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Say before anything is loaded what cannot be done with this checkpoint on this device.
+def check_memory(settings: MemorySettings, base: Base) -> None:
+    """Say before anything is loaded what cannot be done with these weights on this device.
 
     Raises:
         UserError: more blocks than there are, or an attention kernel that is missing or computes something else.
     """
-    config = transformer_config(checkpoint)
+    config = transformer_config(base.checkpoint)
     problems = []
     if settings.blocks_to_swap >= config.num_layers:
         problems.append(
@@ -66,7 +65,7 @@ def check_memory(settings: MemorySettings, checkpoint: Checkpoint, *, device: to
         raise UserError(problems[0]) if len(problems) == 1 else ConfigErrors(problems, "invalid arguments")
     if settings.attention != "sdpa":
         for head_dim in {config.attention_head_dim, config.audio_attention_head_dim}:
-            check_backend(settings.attention, device=device, dtype=dtype, head_dim=head_dim)
+            check_backend(settings.attention, device=base.device, dtype=base.dtype, head_dim=head_dim)
 
 
 def assemble_transformer(
@@ -86,7 +85,7 @@ def assemble_transformer(
     adapter = start = None
     if network is not None and loftq is not None:
         adapter = network(build_transformer(config, base.streams))  # names and sizes are all that it reads
-        start = LoftQStart(loftq, adapter, base.checkpoint, base.streams)
+        start = LoftQStart(loftq, adapter, base)
     transformer = load_transformer(
         base.checkpoint,
         mode=base.streams,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .loftq_names import loftq_rank
 from .quantize import QuantizeModelConfig, QuantizeOptions
 from .rules_common import missing
 from .rules_memory import loftq_iterations, nf4_block_size
@@ -22,7 +22,6 @@ def _files(config: QuantizeModelConfig) -> Iterable[str]:
         yield f"--output_model {target}: is a folder, expected the name of a .safetensors file"
     if source is not None and target is not None and source.resolve() == target.resolve():
         yield f"--input_model and --output_model are the same file, {target}; choose another name for the result"
-
     elif source is not None and target is not None and _named_as_factors(source, target):
         yield (
             f"--input_model {source} has the name of a file of factors beside --output_model {target.name}, which "
@@ -32,8 +31,7 @@ def _files(config: QuantizeModelConfig) -> Iterable[str]:
 
 def _named_as_factors(path: Path, checkpoint: Path) -> bool:
     """Whether ``path`` is named like the LoftQ factors of ``checkpoint``, of any rank."""
-    pattern = re.escape(checkpoint.stem) + r"\.loftq_r\d+\.safetensors"
-    return path.resolve().parent == checkpoint.resolve().parent and re.fullmatch(pattern, path.name) is not None
+    return path.resolve().parent == checkpoint.resolve().parent and loftq_rank(path, checkpoint) is not None
 
 
 def _options(config: QuantizeModelConfig) -> Iterable[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor
 
 from musubi_tuner.common.av import AV
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,12 @@ class Batch:
         return len(self.keys)
 
 
-def pin_memory(batch: Batch) -> Batch:
-    """The batch in page-locked memory."""
-    return _changed(batch, lambda tensor: tensor.pin_memory())
-
-
-def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with every tensor changed that is in it, however deep."""
+def pin_memory(value: T) -> T:
+    """A batch, or a part of one, with every tensor that is in it in page-locked memory."""
     if isinstance(value, Tensor):
-        return change(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _changed(getattr(value, f.name), change) for f in fields(value)})
+        return value.pin_memory()
+    if is_dataclass(value):
+        return replace(value, **{f.name: pin_memory(getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, Mapping):
-        return {key: _changed(part, change) for key, part in value.items()}
+        return {key: pin_memory(part) for key, part in value.items()}
     return value

@@ -18,6 +18,7 @@ from .frame_store import BlockPool
 from .sampling import BatchPlan, BatchSpec
 
 _KEPT_BYTES = 1 << 28  # memory of batches that is kept for the next ones
+_AHEAD = 2  # batches that each worker keeps ready
 
 
 class BatchLoader:
@@ -28,17 +29,13 @@ class BatchLoader:
     Args:
         plan: what is in which batch.
         workers: threads that read ahead, at most the CPU count; 0 reads when a batch is asked for.
-        prefetch: batches that each worker keeps ready.
         device: where batches will go: for a GPU they are given in page-locked memory, from which it copies without
             the loop waiting for it.
     """
 
-    def __init__(
-        self, plan: BatchPlan, *, workers: int = 0, prefetch: int = 2, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, plan: BatchPlan, *, workers: int = 0, device: torch.device | None = None) -> None:
         self.plan = plan
         self.workers = min(workers, os.cpu_count() or 1, len(plan))
-        self._prefetch = prefetch
         self._device = device or torch.device("cpu")
         self._pool = BlockPool(_KEPT_BYTES)
 
@@ -68,7 +65,7 @@ class BatchLoader:
             self._load,
             self.plan.for_epoch(epoch)[rank + start * world_size :: world_size],
             threads=self.workers,
-            ahead=self.workers * self._prefetch,
+            ahead=self.workers * _AHEAD,
             initializer=partial(bind_thread, self._device),
         )
 

@@ -69,7 +69,8 @@ def generate(config: GenerateVideoConfig) -> int:
     checkpoint.require("transformer", "generating")
     quantization = quantization_settings(config.quantization, device)
     check_quantization(checkpoint, quantization)
-    check_memory(config.memory.settings, checkpoint, device=device, dtype=dtype)
+    base = Base(checkpoint, settings.generated, dtype, device, quantization)
+    check_memory(config.memory.settings, base)
     video_vae = Checkpoint.open(options.vae) if options.vae else None
     decoders = Decoders(
         checkpoint,
@@ -96,11 +97,7 @@ def generate(config: GenerateVideoConfig) -> int:
         reference_downscale=downscale,
     )
     encoded = _encoded(config, checkpoint, prompts, device=device, dtype=dtype)
-    transformer, _ = assemble_transformer(
-        Base(checkpoint, settings.generated, dtype, device, quantization),
-        compilation=config.compilation.settings,
-        memory=config.memory.settings,
-    )
+    transformer, _ = assemble_transformer(base, compilation=config.compilation.settings, memory=config.memory.settings)
     # Blocks are compiled when they first compute, and so with the layers that LoRAs put in place here.
     apply_loras(transformer, loras, config.lora.lora_multiplier, device)
     results = render_prompts(

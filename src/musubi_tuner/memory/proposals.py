@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from .estimate import Estimate, Request, Weights, estimate, with_settings
 
 # Cheapest first: a GPU computes in FP8 almost as fast, dequantising 4 bit takes a little longer.
 BASES = ("dense", "fp8", "int8", "nf4")
 _PART = 1024  # tokens
+
+# Ways to hold the base weights, by names of ``BASES``: what they weigh, and the flags to add for them.
+PossibleBases: TypeAlias = Mapping[str, tuple[Weights, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,12 @@ class _Step:
     flags: tuple[str, ...]
 
 
-def propose(request: Request, bases: Mapping[str, tuple[Weights, tuple[str, ...]]], limits: Limits) -> list[Proposal]:
+def propose(request: Request, bases: PossibleBases, limits: Limits) -> list[Proposal]:
     """The first that fits for each way to hold the base weights; those that cost the least speed first.
 
     Args:
         request: the run as it is.
-        bases: the ways that the checkpoint allows, by names of :data:`BASES`: weights, and the flags to add for them.
-            The run's own way has no flags.
+        bases: the ways that the checkpoint allows. The run's own has no flags.
     """
     found: list[tuple[int, Proposal]] = []
     for base in BASES:
@@ -58,7 +61,7 @@ def propose(request: Request, bases: Mapping[str, tuple[Weights, tuple[str, ...]
     return [proposal for _, proposal in sorted(found, key=lambda pair: pair[0])]  # stable: BASES in order
 
 
-def smallest(request: Request, bases: Mapping[str, tuple[Weights, tuple[str, ...]]]) -> Proposal:
+def smallest(request: Request, bases: PossibleBases) -> Proposal:
     """What takes the least of the device, whether it fits or not."""
     tried = [
         Proposal((*flags, *step.flags), estimate(with_settings(request, weights=weights, **step.changes)))

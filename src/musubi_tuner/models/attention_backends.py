@@ -112,10 +112,9 @@ def check_backend(name: str, *, device: torch.device, dtype: torch.dtype, heads:
     shapes = ((2, 48, heads, head_dim), (2, 40, heads, head_dim), (2, 40, heads, head_dim))
     qkv = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     mask = torch.zeros(2, 1, 1, 40).masked_fill(torch.arange(40) >= 23, torch.finfo(dtype).min / 2)
-    for case, additive in (("without a mask", None), ("with a mask", mask.to(device, dtype))):
-        function = (
-            ATTENTION_BACKENDS[name] if additive is not None else _WITHOUT_HELP.get(name, ATTENTION_BACKENDS[name])
-        )
+    kernel = ATTENTION_BACKENDS[name]
+    alone = _WITHOUT_HELP.get(name, kernel)
+    for case, function, additive in (("without a mask", alone, None), ("with a mask", kernel, mask.to(device, dtype))):
         found = _probe(function, qkv, additive, name=name)
         expected = _probe(attention, [x.float() for x in qkv], None if additive is None else additive.float())
         for what, ours, theirs in zip(("output", "gradients", "gradients", "gradients"), found, expected, strict=True):

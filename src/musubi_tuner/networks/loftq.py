@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import bytes_progress
 from musubi_tuner.common.safetensors_io import SafetensorsFile
+from musubi_tuner.config.loftq_names import loftq_path, loftq_rank
 from musubi_tuner.models.ltx2.keys import transformer_keys
 from musubi_tuner.quantization.loftq import quantize_with_factors
 from musubi_tuner.quantization.packed import Method, Packed
@@ -177,11 +177,6 @@ def factor_prefix(name: str) -> str:
     return NATIVE_PREFIX + flat_name(name.removesuffix(".weight"))
 
 
-def loftq_path(checkpoint: Path, rank: int) -> Path:
-    """``x-nf4.safetensors`` to ``x-nf4.loftq_r32.safetensors``."""
-    return checkpoint.with_name(f"{checkpoint.stem}.loftq_r{rank}.safetensors")
-
-
 def _check_own_base(checkpoint: Path, factors: Path, rank: int, own_base: OwnBase) -> None:
     """It fits one rank, and needs its factors."""
     if rank != own_base.rank:
@@ -199,10 +194,8 @@ def _check_own_base(checkpoint: Path, factors: Path, rank: int, own_base: OwnBas
 
 def companions(checkpoint: Path) -> dict[int, Path]:
     """Files of factors beside a checkpoint, made with it or not, by their ranks."""
-    pattern = re.compile(re.escape(checkpoint.stem) + r"\.loftq_r(\d+)\.safetensors")
-    if not checkpoint.parent.is_dir():
-        return {}
-    return {int(match[1]): p for p in checkpoint.parent.iterdir() if (match := pattern.fullmatch(p.name))}
+    beside = checkpoint.parent.iterdir() if checkpoint.parent.is_dir() else ()
+    return {rank: path for path in beside if (rank := loftq_rank(path, checkpoint)) is not None}
 
 
 def _nothing_of(checkpoint: Path, rank: int) -> str:

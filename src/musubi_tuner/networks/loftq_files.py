@@ -13,6 +13,7 @@ from musubi_tuner.common.atomic import atomic_path
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.progress import bytes_progress
 from musubi_tuner.common.safetensors_io import SafetensorsFile, StreamedFile, streamed_file, write_streamed
+from musubi_tuner.config.loftq_names import loftq_path
 from musubi_tuner.models.ltx2.quantize_file import Alternation, quantize_file, weights_to_quantise
 from musubi_tuner.quantization.loftq import Factors, quantize_with_factors
 from musubi_tuner.quantization.packed import Method, Nf4, Packed
@@ -30,7 +31,6 @@ from .loftq import (
     companions,
     factor_prefix,
     hash_rows,
-    loftq_path,
 )
 from .targets import select_targets
 

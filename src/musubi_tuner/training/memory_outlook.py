@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,14 +25,15 @@ from musubi_tuner.common.devices import free_host_memory, is_out_of_memory, peak
 from musubi_tuner.common.dtypes import parse_dtype
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.tables import format_bytes, format_table
+from musubi_tuner.config.model import Mode
 from musubi_tuner.config.network import LYCORIS
 from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.sampling import BatchPlan, BatchSpec
 from musubi_tuner.memory.activations import Adapted, BatchShape, Numbers
-from musubi_tuner.memory.estimate import Estimate, Request, Trained, Weights, estimate, optimizer_state_bytes
-from musubi_tuner.memory.proposals import Limits, Proposal, propose, smallest
+from musubi_tuner.memory.estimate import Estimate, Request, Trained, estimate, optimizer_state_bytes
+from musubi_tuner.memory.proposals import Limits, PossibleBases, Proposal, propose, smallest
 from musubi_tuner.models.checkpoint import Checkpoint, Component
-from musubi_tuner.models.ltx2.config import Mode, TransformerConfig
+from musubi_tuner.models.ltx2.config import TransformerConfig
 from musubi_tuner.models.ltx2.load import transformer_config
 from musubi_tuner.networks.files.lora_reader import LoraReader
 from musubi_tuner.networks.lora_ltx2 import planned_ranks
@@ -62,7 +63,7 @@ class MemoryOutlook:
     request: Request
     estimate: Estimate
     limits: Limits
-    bases: Mapping[str, tuple[Weights, tuple[str, ...]]]
+    bases: PossibleBases
     device: torch.device
 
     def table(self) -> str:
@@ -168,7 +169,7 @@ def memory_outlook(config: TrainNetworkConfig, base: Base, plan: BatchPlan) -> M
     )
     bases = possible_bases(base)
     if layers_read(config, names):
-        bases = {name: base for name, base in bases.items() if name == "dense"}
+        bases = {name: held for name, held in bases.items() if name == "dense"}
     return MemoryOutlook(request, estimate(request), _limits(config, base.device), bases, base.device)
 
 

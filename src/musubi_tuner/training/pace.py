@@ -1,9 +1,9 @@
-"""How fast a run is and what holds it up."""
+"""What a run waits for, and what memory it took."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -13,12 +13,11 @@ from musubi_tuner.common.devices import peak_memory
 
 T = TypeVar("T")
 
-
 _END: Any = object()
 
 
 class Lookahead(Iterator[T]):
-    """An iterator whose next item a thread makes while the last one is in use; a context, which ends the thread.
+    """An iterator whose next item a thread makes while the last one is in use; a context, which ends thread and source.
 
     The thread starts on it with :meth:`prepare`, at a time that suits the one who uses the items: two threads that
     both run Python hold each other up.
@@ -28,7 +27,7 @@ class Lookahead(Iterator[T]):
         initializer: runs first in the thread.
     """
 
-    def __init__(self, source: Iterator[T], *, initializer: Callable[[], None] | None = None) -> None:
+    def __init__(self, source: Generator[T, None, None], *, initializer: Callable[[], None] | None = None) -> None:
         self._source = source
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="lookahead", initializer=initializer)
         self._next: Future[T] | None = None
@@ -61,9 +60,7 @@ class Lookahead(Iterator[T]):
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-        close = getattr(self._source, "close", None)  # a generator ends its own threads
-        if close is not None:
-            close()
+        self._source.close()
 
 
 class PeakMemory:

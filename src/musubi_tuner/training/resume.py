@@ -121,14 +121,15 @@ def resume_settings(config: TrainNetworkConfig, num_processes: int, *, own_base:
         "network_module": config.network.network_module,
         "processes": num_processes,
         "base_weights": _base_weights(config),
-        **_base(config),
+        **_corrections(config),
         "loftq_own_base": own_base or None,  # as in states of before there were any
     }
 
 
-def _base(config: TrainNetworkConfig) -> dict[str, Any]:
-    """What makes other base weights of the same checkpoint, for the LoRA to have been trained on."""
-    calibration, corrected = config.calibration, config.calibration.loftq_init or config.calibration.awq_calibration
+def _corrections(config: TrainNetworkConfig) -> dict[str, Any]:
+    """What makes other NF4 weights of the same checkpoint, for the LoRA to have been trained on."""
+    calibration = config.calibration
+    corrected = calibration.loftq_init or calibration.awq_calibration
     awq = [calibration.awq_alpha, calibration.awq_num_batches] if calibration.awq_calibration else None
     return {
         "loftq_iters": calibration.loftq_iters if calibration.loftq_init else None,

@@ -22,7 +22,7 @@ from musubi_tuner.config.training import TrainNetworkConfig
 from musubi_tuner.dataset.entries import DatasetConfig
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.load import build_transformer, transformer_config
-from musubi_tuner.models.ltx2.quantize import check_quantization
+from musubi_tuner.models.ltx2.quantize import check_quantization, stored_transformer
 
 from .compute import Compute, make_compute
 from .data import read_datasets
@@ -75,10 +75,10 @@ def check_run(config: TrainNetworkConfig, explicit: frozenset[str]) -> CheckedRu
     resumed = find_resumed(config)
     compute = make_compute(config)
     base, loftq = _checked_base(config, explicit, checkpoint, compute)
-    own_base = loftq is not None and loftq.own_base
-    if own_base:  # what a resumed run is held against
-        config = replace(config, calibration=replace(config.calibration, loftq_iters=loftq.iterations))
-    settings = resume_settings(config, compute.accelerator.num_processes, own_base=own_base)
+    own_base = stored_transformer(checkpoint).own_base
+    if own_base is not None:  # what a resumed run is held against
+        config = replace(config, calibration=replace(config.calibration, loftq_iters=own_base.iterations))
+    settings = resume_settings(config, compute.accelerator.num_processes, own_base=own_base is not None)
     if resumed is not None:
         resumed.check_settings(settings)
         _check_resumed(resumed, config, base)
@@ -116,7 +116,11 @@ def warn_of_defaults(checked: CheckedRun) -> None:
 def _checked_base(
     config: TrainNetworkConfig, explicit: frozenset[str], checkpoint: Checkpoint, compute: Compute
 ) -> tuple[Base, LoftQRequest | None]:
-    """How the base weights are to be held."""
+    """How the base weights are to be held, and how the LoRA starts on them.
+
+    Raises:
+        UserError, ConfigErrors: the checkpoint or the device does not allow it.
+    """
     world_size = compute.accelerator.num_processes
     check_fused_backward(config.optimizer, compute.mixed_precision, world_size, compute.device)
     quantization = quantization_settings(config.quantization, compute.device, config.calibration)
@@ -125,8 +129,8 @@ def _checked_base(
     loftq = loftq_request(
         config.calibration, config.network.network_dim, checkpoint, iterations_given="loftq_iters" in explicit
     )
-    check_memory(config.memory.settings, checkpoint, device=compute.device, dtype=compute.dtype)
     base = Base(checkpoint, streams_built(config), compute.dtype, compute.device, quantization, edits)
+    check_memory(config.memory.settings, base)
     return base, loftq
 
 

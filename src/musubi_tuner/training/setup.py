@@ -145,8 +145,9 @@ def ready_to_train(config: TrainNetworkConfig, network: AdapterNetwork, dtype: t
 
 
 def load_model(
-    config: TrainNetworkConfig, base: Base, seed: int, loftq: LoftQRequest | None = None
+    config: TrainNetworkConfig, base: Base, seed: int, loftq: LoftQRequest | None
 ) -> tuple[LTX2Transformer, AdapterNetwork]:
+    """The transformer with the network on it, both ready to train; ``seed`` is the run's."""
     if base.streams != config.checkpoint.ltx2_mode:
         logger.info(
             "mode audio with the whole transformer: modules of the attention between the streams get no gradient, "

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -129,11 +129,9 @@ class Trainer:
         epoch = state.epoch
         start = state.batch_in_epoch
         reader = self.loader.epoch(epoch, start=start, rank=self.loop.rank, world_size=self.loop.world_size)
-        # Closed, as after an error the traceback would keep the reader and its threads.
-        with closing(reader) as batches:
-            views = (self._view(batch, epoch) for batch in batches)
-            with Lookahead(views, initializer=partial(bind_thread, self.task.device)) as ahead:
-                self._run_views(ahead, epoch, bar)
+        bind = partial(bind_thread, self.task.device)
+        with Lookahead(self._views(reader, epoch), initializer=bind) as views:
+            self._run_views(views, epoch, bar)
         if state.epoch > epoch:
             for listener in self.listeners:
                 listener.on_epoch_end(epoch, state)
@@ -155,6 +153,12 @@ class Trainer:
                 state.epoch, state.batch_in_epoch, state.epoch_loss_index = epoch + 1, 0, 0
             for listener in self.listeners:
                 listener.on_step(report, state)
+
+    def _views(self, reader: Generator[Batch, None, None], epoch: int) -> Generator[TrainingView, None, None]:
+        # Closed, as after an error the traceback would keep the reader and its threads.
+        with closing(reader) as batches:
+            for batch in batches:
+                yield self._view(batch, epoch)
 
     def _view(self, batch: Batch, epoch: int) -> TrainingView:
         return prepare_view(batch, self.task, epoch=epoch, num_blocks=len(self.transformer.transformer_blocks))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.networks.adapter_network import adapted_layers
@@ -106,7 +106,7 @@ def planned_sizes(
         if key not in known:
             with torch.random.fork_rng(devices=[]):
                 layer = make_layer(nn.Linear(K, N, device="meta"), key[0], None, Switch())
-            known[key] = sum(p.numel() for p in layer.parameters()), kept_per_token(layer)
+            known[key] = _sizes(layer)
         sizes[name] = known[key]
     return sizes
 
@@ -152,8 +152,13 @@ def sizes_of_file(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, 
     for name in file.modules.keys() & shapes.keys():
         N, K = shapes[name]
         layer = _layer_of(name, nn.Linear(K, N, device="meta"), file.modules[name], drops, Switch(), file)
-        sizes[name] = sum(p.numel() for p in layer.parameters()), kept_per_token(layer)
+        sizes[name] = _sizes(layer)
     return sizes
+
+
+def _sizes(layer: LycorisLinear) -> tuple[int, int]:
+    """Trained values, and those that are kept for each token."""
+    return sum(p.numel() for p in layer.parameters()), kept_per_token(layer)
 
 
 def _layer_of(
@@ -170,15 +175,11 @@ def _layer_of(
             f"{file.source}: {name} is made for a layer of {given.shape[1]} -> {given.shape[0]} features, the model's "
             f"has {shape[1]} -> {shape[0]}; it is an adapter of another model"
         )
-    dora = None if given.lengths is None else _axis(given.lengths)
+    dora = None if given.lengths is None else int(given.of_inputs)
     layer = LycorisLinear(base, given.tensors, given.alpha or 0.0, dora=dora, dropouts=drops, switch=switch)
     if given.lengths is not None:
         layer.set_lengths(given.lengths, over_base=stored_over_base(file.format, given.lengths))
     return layer
-
-
-def _axis(lengths: Tensor) -> int:
-    return 1 if lengths.dim() == 2 and lengths.shape[0] == 1 else 0
 
 
 def _chosen(

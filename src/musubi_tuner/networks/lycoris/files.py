@@ -39,7 +39,6 @@ class LycorisModule:
     Attributes:
         alpha: ``None``: the rank.
         lengths: of DoRA.
-        out_features, in_features: of the layer; of IA3 one of them is ``None``.
     """
 
     kind: Kind
@@ -49,7 +48,7 @@ class LycorisModule:
 
     @property
     def shape(self) -> tuple[int | None, int | None]:
-        """(N, K) of the layer."""
+        """(N, K) of the layer; of IA3 one of them is ``None``."""
         return shape_of(self.kind, self.tensors)
 
     def to(self, device: torch.device | str) -> LycorisModule:

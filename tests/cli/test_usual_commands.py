@@ -30,7 +30,7 @@ RULES = {
     "ltx2_quantize_model.py": quantize_rules,
 }
 # Files that are not here, and flags that ``...`` stands for.
-EXPECTED = re.compile(r"not found$|is required|^not available in this version|^give --gemma_root")
+EXPECTED = re.compile(r": not found\b|is required|^not available in this version|^give --gemma_root")
 
 
 @pytest.mark.parametrize("command", commands(), ids=str)

@@ -37,7 +37,7 @@ def main(parsed: Parsed[QuantizeModelConfig]) -> None:
 def _write(files: QuantizeFiles, options: QuantizeOptions, explicit: frozenset[str]) -> int:
     from musubi_tuner.common.devices import choose_device
     from musubi_tuner.models.ltx2.quantize_file import quantize_file
-    from musubi_tuner.networks.loftq_files import write_loftq
+    from musubi_tuner.networks.file_tools.write_loftq import write_loftq
     from musubi_tuner.quantization.packed import Int8, Nf4
 
     size, device = options.nf4_block_size, choose_device(options.calc_device)
@@ -54,7 +54,7 @@ def _write(files: QuantizeFiles, options: QuantizeOptions, explicit: frozenset[s
 
 def _write_own_base(files: QuantizeFiles, options: QuantizeOptions) -> int:
     from musubi_tuner.common.devices import choose_device
-    from musubi_tuner.networks.loftq_files import write_own_base
+    from musubi_tuner.networks.file_tools.write_loftq import write_own_base
 
     path, count = write_own_base(
         files.input_model,

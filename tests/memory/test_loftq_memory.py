@@ -8,7 +8,7 @@ import torch
 from allocations import allocated_peak
 
 from musubi_tuner.common.safetensors_io import save_safetensors
-from musubi_tuner.networks.loftq_files import write_own_base
+from musubi_tuner.networks.file_tools.write_loftq import write_own_base
 
 SIDE = 256
 

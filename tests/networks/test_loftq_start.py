@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import save_safetensors
 from musubi_tuner.config.loftq_names import loftq_path
+from musubi_tuner.networks.files.loftq_factors import StoredLoftQ
 from musubi_tuner.networks.files.lora_reader import load_lora
-from musubi_tuner.networks.loftq import LoftQ, StoredLoftQ
+from musubi_tuner.networks.loftq import LoftQ
 from musubi_tuner.networks.lora_ltx2 import create_network
 from musubi_tuner.networks.lora_network import LoRANetwork
 from musubi_tuner.quantization.linear import QuantizedLinear

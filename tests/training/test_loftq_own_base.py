@@ -263,11 +263,11 @@ def test_factors_of_the_file_that_is_replaced_go(cached_demo, own_base: Path, tm
 @pytest.mark.parametrize("failing", [1, 5])
 def test_a_failure_leaves_both_files_as_they_were(cached_demo, own_base: Path, tmp_path: Path, monkeypatch, failing):
     """The factors get their name before the weights get theirs."""
-    from musubi_tuner.networks import loftq_files
+    from musubi_tuner.networks.file_tools import write_loftq
 
     copied(own_base, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    calls, alternate = [], loftq_files.quantize_with_factors
+    calls, alternate = [], write_loftq.quantize_with_factors
 
     def breaks(*given, **named):
         calls.append(1)
@@ -275,7 +275,7 @@ def test_a_failure_leaves_both_files_as_they_were(cached_demo, own_base: Path, t
             raise OSError("no space left")
         return alternate(*given, **named)
 
-    monkeypatch.setattr(loftq_files, "quantize_with_factors", breaks)
+    monkeypatch.setattr(write_loftq, "quantize_with_factors", breaks)
     with pytest.raises((OSError, SystemExit)):
         quantised(cached_demo().checkpoint, tmp_path, *OWN, "--loftq_iters", "3")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

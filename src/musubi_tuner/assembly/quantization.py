@@ -13,7 +13,8 @@ from musubi_tuner.config.memory import CalibrationConfig, QuantizationConfig
 from musubi_tuner.models.checkpoint import Checkpoint
 from musubi_tuner.models.ltx2.keys import in_mode
 from musubi_tuner.models.ltx2.quantize import Quantization, Quantize, is_target, quantize_plainly, stored_transformer
-from musubi_tuner.networks.loftq import LoftQ, StoredLoftQ
+from musubi_tuner.networks.files.loftq_factors import StoredLoftQ
+from musubi_tuner.networks.loftq import LoftQ
 from musubi_tuner.networks.lora_network import LoRANetwork
 from musubi_tuner.quantization.fp8_products import Fp8Products, find_products
 from musubi_tuner.quantization.stored import NF4_BLOCK_KEY

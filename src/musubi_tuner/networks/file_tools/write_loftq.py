@@ -1,4 +1,4 @@
-"""Files of LoftQ factors, and the NF4 checkpoints that they are made with."""
+"""Writing files of LoftQ factors, and the NF4 checkpoints that they are made with."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from musubi_tuner.common.progress import bytes_progress
 from musubi_tuner.common.safetensors_io import SafetensorsFile, StreamedFile, streamed_file, write_streamed
 from musubi_tuner.config.loftq_names import loftq_path
 from musubi_tuner.models.ltx2.quantize_file import Alternation, quantize_file, weights_to_quantise
-from musubi_tuner.quantization.loftq import Factors, quantize_with_factors
-from musubi_tuner.quantization.packed import Method, Nf4, Packed
-from musubi_tuner.quantization.stored import NF4_BLOCK_KEY, OwnBase
-
-from .loftq import (
+from musubi_tuner.networks.files.loftq_factors import (
     BASE_KEY,
     COUNT_KEY,
     DOWN,
@@ -27,12 +23,15 @@ from .loftq import (
     RANK_KEY,
     TARGETS_KEY,
     UP,
-    check_rank,
     companions,
     factor_prefix,
     hash_rows,
 )
-from .targets import select_targets
+from musubi_tuner.networks.loftq import check_rank
+from musubi_tuner.networks.targets import select_targets
+from musubi_tuner.quantization.loftq import Factors, quantize_with_factors
+from musubi_tuner.quantization.packed import Method, Nf4, Packed
+from musubi_tuner.quantization.stored import NF4_BLOCK_KEY, OwnBase
 
 logger = logging.getLogger(__name__)
 

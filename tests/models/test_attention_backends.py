@@ -136,7 +136,10 @@ def test_where_cudnn_cannot_serve_another_kernel_does(masked: bool):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have it")
 def test_cudnn_that_would_never_serve_is_refused():
-    with pytest.raises(UserError, match="--cudnn_attn: the kernel does not work with float32 on cpu: .*use --sdpa"):
+    with pytest.raises(
+        UserError,
+        match="--cudnn_attn: .* with float32 on cpu: cuDNN offers none here .*; use --sdpa",
+    ):
         check("cudnn_attn")
 
 

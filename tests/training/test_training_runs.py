@@ -277,10 +277,10 @@ OTHERWISE = {
     "accumulation": (("--gradient_accumulation_steps", "2"), "gradient_accumulation_steps 1 (now 2)"),
     "optimizer": (("--optimizer_type", "Lion"), "optimizer_type torch.optim.adamw.AdamW (now pytorch_optimizer"),
     "targets": (("--lora_target_preset", "audio"), "use the same network flags"),
-    "rank": (("--network_dim", "5"), "its network differs from this run's in"),
-    "alpha": (("--network_alpha", "2"), ".alpha; use the same network flags (--network_dim, --network_alpha"),
+    "rank": (("--network_dim", "5"), "here [5, "),
+    "alpha": (("--network_alpha", "2"), "(float32), here 2.0 (float32); use the same network flags (--network_dim"),
     "dtype": (("--mixed_precision", "bf16", "--full_bf16"), "--full_fp16, --full_bf16"),
-    "algorithm": (("--network_args", "use_dora=True"), "dora_scale; use the same network flags"),
+    "algorithm": (("--network_args", "use_dora=True"), "dora_scale is not there, here ["),
     "network": (("--network_module", "lycoris.kohya", "--network_args", "algo=loha"), "network_module networks.lora"),
     "groups": (("--audio_lr", "1e-5"), "but this run "),
 }

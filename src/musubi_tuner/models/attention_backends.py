@@ -56,8 +56,11 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def _cudnn_alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return attention(q, k, v, mask)
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return attention(q, k, v, mask)
+    except RuntimeError as error:  # PyTorch speaks of kernels that are turned off
+        raise RuntimeError(f"cuDNN offers none here (PyTorch: {_first_line(error).rstrip('.')})") from None
 
 
 @ATTENTION_BACKENDS.register("flash_attn")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from musubi_tuner.common.atomic import atomic_path, is_partial, is_replaced, target_of, to_disk
+from musubi_tuner.common.dtypes import dtype_name
 from musubi_tuner.common.errors import UserError
 from musubi_tuner.common.safetensors_io import SafetensorsFile
 
@@ -169,21 +170,23 @@ def check_network(folder: Path, network: nn.Module, *, later: tuple[str, ...] = 
     saved = {name: info for name, info in file.tensors.items() if not name.endswith(later)}
     # An alpha is compared as well: it is a buffer, and the saved one would silently win over the flag.
     alphas = dict(file.read(name for name in saved if name.endswith(".alpha")))
-    different = [
-        name
-        for name in {**saved, **current}
-        if name not in saved
-        or name not in current
-        or saved[name].shape != current[name].shape
-        or saved[name].dtype != current[name].dtype
-        or (name in alphas and alphas[name] != current[name].cpu())
-    ]
+    found = {name: _described(info.shape, info.dtype, alphas.get(name)) for name, info in saved.items()}
+    wanted = {
+        name: _described(tensor.shape, tensor.dtype, tensor if name in alphas else None)
+        for name, tensor in current.items()
+    }
+    different = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if different:
+        name = different[0]
         raise UserError(
-            f"{folder}: its network differs from this run's in {len(different)} of {len(current)} tensors, e.g. "
-            f"{different[0]}; use the same network flags (--network_dim, --network_alpha, targets, "
-            "--full_fp16, --full_bf16)"
+            f"{folder}: its network differs from this run's in {len(different)} of {len(current)} tensors: {name} is "
+            f"{found.get(name, 'not there')}, here {wanted.get(name, 'not there')}; use the same network flags "
+            "(--network_dim, --network_alpha, targets, --full_fp16, --full_bf16)"
         )
+
+
+def _described(shape: Iterable[int], dtype: torch.dtype, value: Tensor | None) -> str:
+    return f"{list(shape) if value is None else value.tolist()} ({dtype_name(dtype)})"
 
 
 def restore_network(folder: Path, network: nn.Module) -> None:
